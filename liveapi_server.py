@@ -1,0 +1,2802 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["cryptography>=38.0.4"]
+# ///
+"""Receive the signals of Notificare's Live API and keep each one, once, on disk.
+
+    python liveapi_server.py [serve] [options]    receive signals (the default)
+    python liveapi_server.py check URL [options]  play the Live API's side against an endpoint
+    python liveapi_server.py demo                 see it work: no keys, no account, one command
+
+The file is read from top to bottom in the order in which a signal travels:
+
+    1  Request      bytes from the network become a request, or a refusal          (pure)
+    2  Instance     whose keys; is the signature right; what was encrypted         (pure)
+    3  Signal       is it a JSON object; the line that will stand in the log       (pure)
+    4  Signal log   batch, write, sync; what a crash leaves and how it is mended   (disk)
+    5  Figures      what is counted, and the feed that watchers of the log follow
+    6  Server       connections, the threads that handle them, the answers         (socket)
+    7  Console      the private listener: page, stream, status, metrics            (socket)
+    8  Life         options, systemd, reload, stop
+    9  Commands     serve, check, demo
+
+Handler threads share the connections. One holds the turn: it waits for whatever becomes readable,
+reads, checks, and hands lines to the signal log. When lines have gathered it passes the turn on
+and commits them itself: one write and one sync for all, then the 200s. No thread waits for another
+to store its signal, so a signal costs no thread switch of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import bisect
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import hmac
+import http.client
+import json
+import logging
+import os
+import re
+import secrets
+import select
+import signal
+import socket
+import ssl
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
+from email.utils import formatdate
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import parse_qsl, quote, urlsplit
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("liveapi")
+
+# ------------------------------------------------------------------------------------------------
+# 1  Request: bytes from the network become a request, or a refusal
+#
+# Framing follows RFC 9112 and fields follow RFC 9110, strictly. A request that two servers could
+# read in two ways is how requests are smuggled past a proxy, so it is refused and the connection
+# is closed. Nothing here knows a socket.
+
+PUBLIC_KEY = b"x-notificare-public-key"
+SIGNATURE = b"x-notificare-signature"
+
+TARGET_BYTES = 8192
+HEADER_BYTES = 32768
+FIELDS = 100
+CHUNK_LINE_BYTES = 256
+
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 section 5.6.2
+_PCHAR = rb"(?:[A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2})"  # RFC 3986 section 3.3
+_PATH = rb"(?:/" + _PCHAR + rb"*)+"
+_QUERY = rb"(?:" + _PCHAR + rb"|[/?])*"
+_HOST = rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]*)?"
+REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) HTTP/([0-9])\.([0-9])")  # 9112 section 3
+FIELD_LINE = re.compile(rb"(" + _TOKEN + rb"):([\t -~\x80-\xff]*)")  # 9112 section 5
+TARGET = re.compile(  # RFC 9112 section 3.2: origin-form or absolute-form
+    rb"(?:https?://(?:" + _HOST + rb"))?(" + _PATH + rb")(?:\?(" + _QUERY + rb"))?", re.ASCII
+)
+ABSOLUTE_ROOT = re.compile(rb"https?://" + _HOST + rb"(?:\?(" + _QUERY + rb"))?", re.I)
+HOST = re.compile(_HOST)
+LENGTH = re.compile(rb"[0-9]{1,18}")  # RFC 9110 section 8.6
+CHUNK_LINE = re.compile(  # RFC 9112 section 7.1; white space in an extension is refused
+    rb"([0-9A-Fa-f]{1,8})(?:;"
+    + _TOKEN
+    + rb"(?:=(?:"
+    + _TOKEN
+    + rb'|"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"))?)*'
+)
+# What can't be part of any head, so that it is refused before the rest is waited for: control
+# bytes (a TLS hello, say), a line feed without its carriage return, and the reverse.
+NEVER_IN_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n|\Z)")
+# Fields that say one thing; said twice they could be read in two ways.
+SAID_ONCE = frozenset(
+    b"host content-length transfer-encoding content-type content-encoding expect".split()
+    + [PUBLIC_KEY, SIGNATURE]
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a request is answered with; every answer the endpoint can give is made here."""
+
+    status: int
+    body: bytes = b""
+    content_type: str = "application/json"
+    headers: tuple[tuple[str, str], ...] = ()
+
+    def render(self, *, close: bool, with_body: bool = True) -> bytes:
+        """The answer's bytes (RFC 9112 section 4), dated as RFC 9110 section 6.6.1 asks."""
+        more = "".join(f"{name}: {value}\r\n" for name, value in self.headers)
+        head = (
+            f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}\r\nDate: {http_date()}\r\n"
+            f"Content-Type: {self.content_type}\r\nContent-Length: {len(self.body)}\r\n"
+            f"{more}Connection: {'close' if close else 'keep-alive'}\r\n\r\n"
+        )
+        return head.encode("latin-1") + (self.body if with_body else b"")
+
+
+def http_date(_cache: list[Any] = [0, ""]) -> str:  # noqa: B006 (one date serves a second)
+    """The time now as an IMF-fixdate (RFC 9110 section 5.6.7)."""
+    now = int(time.time())
+    if _cache[0] != now:
+        _cache[:] = now, formatdate(now, usegmt=True)
+    return str(_cache[1])
+
+
+def json_answer(code: int, /, **members: Any) -> Answer:
+    retry = (("Retry-After", "5"),) if code == 503 else ()
+    return Answer(code, json.dumps(members, separators=(",", ":")).encode(), headers=retry)
+
+
+ACCEPTED = json_answer(200, message="message received")
+MISSING = json_answer(400, message="missing parameters")
+UNKNOWN_KEY = json_answer(400, error="invalid public key")
+WRONG_SIGNATURE = json_answer(400, error="invalid signature")
+CANNOT_STORE = json_answer(503, error="cannot store signals now")
+STATUS_OK = json_answer(200, status="ok")
+STATUS_UNAVAILABLE = json_answer(503, status="unavailable")
+
+
+class Refusal(Exception):
+    """A request that won't be served: its answer, and the reason for the log and the figures."""
+
+    def __init__(self, answer: Answer | int, reason: str) -> None:
+        super().__init__(reason)
+        self.answer = json_answer(answer, error=reason) if isinstance(answer, int) else answer
+        self.reason = reason
+
+
+@dataclass(slots=True)
+class Head:
+    """The head of a request: its request line and fields, and how its body is framed."""
+
+    method: str
+    path: bytes  # percent-encoded as it was sent; b"*" and b"" (CONNECT) are no paths
+    query: bytes
+    fields: dict[bytes, bytes]  # names in lower case; repeated fields joined by a comma
+    length: int | None  # bytes of body; None: chunked
+    close: bool
+    continues: bool  # the client waits for "100 Continue"
+
+
+def parse_head(head: bytes) -> Head:
+    """Parse a head, from the request line to the blank line; Refusal if it is not strictly one."""
+    request_line, *lines = head[:-4].split(b"\r\n")
+    if len(head) - len(request_line) > HEADER_BYTES or len(lines) > FIELDS:
+        raise Refusal(431, "header section too large")
+    match = REQUEST_LINE.fullmatch(request_line)
+    if not match:
+        raise Refusal(400, "malformed request line")
+    method, target, major, minor = match.groups()
+    if len(target) > TARGET_BYTES:
+        raise Refusal(414, "target too long")
+    if major != b"1":
+        raise Refusal(505, "HTTP version not supported")
+    path, query = _parse_target(method, target)
+    fields: dict[bytes, bytes] = {}
+    for line in lines:
+        match = FIELD_LINE.fullmatch(line)
+        if not match:
+            raise Refusal(400, "malformed header field")
+        name, value = match[1].lower(), match[2].strip(b" \t")
+        if name in fields:
+            if name in SAID_ONCE:
+                raise Refusal(400, f"repeated {name.decode()} field")
+            value = fields[name] + b", " + value
+        fields[name] = value
+    http_1_0 = minor == b"0"
+    host = fields.get(b"host")
+    if host is None and not http_1_0:  # RFC 9112 section 3.2
+        raise Refusal(400, "missing Host field")
+    if host is not None and not HOST.fullmatch(host):
+        raise Refusal(400, "malformed Host field")
+    options = fields.get(b"connection", b"").lower().replace(b" ", b"").split(b",")
+    return Head(
+        method.decode(),
+        path,
+        query,
+        fields,
+        _body_length(fields, http_1_0),
+        b"close" in options or (http_1_0 and b"keep-alive" not in options),
+        _expects_continue(fields, http_1_0),
+    )
+
+
+def _parse_target(method: bytes, target: bytes) -> tuple[bytes, bytes]:
+    """Path and query of a request target (RFC 9112 section 3.2)."""
+    if target == b"*" and method == b"OPTIONS":
+        return target, b""
+    if method == b"CONNECT" and HOST.fullmatch(target):
+        return b"", b""
+    match = TARGET.fullmatch(target)
+    if match:
+        return match[1], match[2] or b""
+    match = ABSOLUTE_ROOT.fullmatch(target)
+    if match:
+        return b"/", match[1] or b""
+    raise Refusal(400, "malformed target")
+
+
+def _body_length(fields: Mapping[bytes, bytes], http_1_0: bool) -> int | None:
+    """Bytes of the body, None if it is chunked (RFC 9112 section 6)."""
+    coding, length = fields.get(b"transfer-encoding"), fields.get(b"content-length")
+    if coding is not None:
+        if http_1_0 or length is not None:  # section 6.1: the classic way to smuggle a request
+            raise Refusal(400, "ambiguous framing")
+        if coding.lower() != b"chunked":
+            raise Refusal(400, "unknown transfer coding")
+        return None
+    if length is None:
+        return 0
+    if not LENGTH.fullmatch(length):
+        raise Refusal(400, "malformed Content-Length")
+    return int(length)
+
+
+def _expects_continue(fields: Mapping[bytes, bytes], http_1_0: bool) -> bool:
+    expect = fields.get(b"expect")
+    if expect is None or http_1_0:  # RFC 9110 section 10.1.1: HTTP/1.0 knows no Expect
+        return False
+    if expect.lower() != b"100-continue":
+        raise Refusal(417, "unknown expectation")
+    return True
+
+
+class RequestParser:
+    """Bytes in, requests out: feed() what arrives, then ask for the next head and its body.
+
+    next_head() and next_body() give None while more bytes are needed, and raise Refusal as soon as
+    what has come can't be a request that is served. After a Refusal the connection is useless.
+    """
+
+    def __init__(self, max_body: int) -> None:
+        self.max_body = max_body  # bytes
+        self.buffer = bytearray()
+        self.head: Head | None = None  # of the request whose body is awaited
+        self.blank_line_skipped = False
+        self.chunks = bytearray()  # of a chunked body, what has come whole
+
+    def feed(self, data: bytes) -> None:
+        self.buffer += data
+
+    @property
+    def begun(self) -> bool:
+        """Whether a part of a request has come."""
+        return self.head is not None or bool(self.buffer)
+
+    def next_head(self) -> Head | None:
+        buffer = self.buffer
+        if not self.blank_line_skipped and buffer.startswith(b"\r\n"):  # RFC 9112 section 2.2
+            self.blank_line_skipped = True
+            del buffer[:2]
+        end = buffer.find(b"\r\n\r\n") + 4
+        if end < 4:
+            self._judge_incomplete_head()
+            return None
+        self.head = head = parse_head(bytes(buffer[:end]))
+        del buffer[:end]
+        self.blank_line_skipped = False
+        if head.length is not None and head.length > self.max_body:
+            raise Refusal(413, "body too large")
+        return head
+
+    def _judge_incomplete_head(self) -> None:
+        line_end = self.buffer.find(b"\r\n")
+        if NEVER_IN_HEAD.search(self.buffer):
+            raise Refusal(400, "malformed head")
+        if line_end < 0 and len(self.buffer) > TARGET_BYTES + 64:
+            raise Refusal(414, "target too long")
+        if line_end >= 0 and len(self.buffer) - line_end > HEADER_BYTES + 2:
+            raise Refusal(431, "header section too large")
+
+    def next_body(self) -> bytes | None:
+        assert self.head is not None
+        if self.head.length is None:
+            if not self._take_chunks():
+                return None
+            body = bytes(self.chunks)
+            self.chunks = bytearray()
+        else:
+            if len(self.buffer) < self.head.length:
+                return None
+            body = bytes(self.buffer[: self.head.length])
+            del self.buffer[: self.head.length]
+        self.head = None
+        return body
+
+    def _take_chunks(self) -> bool:
+        """Move whole chunks out of the buffer; True after the last (RFC 9112 section 7.1)."""
+        buffer = self.buffer
+        while True:
+            start = buffer.find(b"\r\n", 0, CHUNK_LINE_BYTES) + 2
+            if start < 2:
+                if len(buffer) >= CHUNK_LINE_BYTES or NEVER_IN_HEAD.search(buffer):
+                    raise Refusal(400, "malformed chunk")
+                return False
+            match = CHUNK_LINE.fullmatch(buffer, 0, start - 2)
+            if not match:
+                raise Refusal(400, "malformed chunk")
+            size = int(match[1], 16)
+            del match  # it holds the buffer, which could not be cut
+            if size == 0:
+                return self._take_trailers(start)
+            if len(self.chunks) + size > self.max_body:
+                raise Refusal(413, "body too large")
+            end = start + size
+            if not b"\r\n".startswith(buffer[end : end + 2]):
+                raise Refusal(400, "malformed chunk")
+            if len(buffer) < end + 2:
+                return False
+            self.chunks += buffer[start:end]
+            del buffer[: end + 2]
+
+    def _take_trailers(self, start: int) -> bool:
+        """Check the trailer section and drop it (RFC 9112 section 7.1.2)."""
+        end = self.buffer.find(b"\r\n\r\n", start - 2)
+        section = self.buffer[start:] if end < 0 else self.buffer[start : end + 2]
+        if len(section) > HEADER_BYTES:
+            raise Refusal(431, "trailer section too large")
+        if NEVER_IN_HEAD.search(section):
+            raise Refusal(400, "malformed trailer")
+        if end < 0:
+            return False
+        for line in section.split(b"\r\n")[:-1]:
+            match = FIELD_LINE.fullmatch(line)
+            if not match or match[1].lower() in SAID_ONCE:
+                raise Refusal(400, "malformed trailer")
+            del match
+        del self.buffer[: end + 4]
+        return True
+
+
+# ------------------------------------------------------------------------------------------------
+# 2  Instance: whose keys; is the signature right; what was encrypted
+
+
+class OperatorError(Exception):
+    """A mistake in how the program was started or set up; the text says in a line what to do."""
+
+
+class Unreadable(Exception):
+    """An authentic message that holds no signal; the text says why."""
+
+
+CLOSED_SEGMENT = re.compile(r"(.+)-(\d{8}T\d{6}\.\d{6}Z)\.jsonl")
+KEY_FILE = re.compile(r"([A-Za-z0-9._-]+)\.(public|private)")
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A Live API instance: its name here, and the pair of keys that the Dashboard made for it.
+
+    The public key only names the instance. The private key signs in both directions and is what
+    the content encryption key is derived from; it never leaves this object.
+    """
+
+    name: str
+    public_key: bytes = field(repr=False)
+    private_key: bytes = field(repr=False)
+
+    def sign(self, message: bytes) -> bytes:
+        """Base64 of HMAC-SHA256: a challenge's answer, or a signal's signature."""
+        return base64.b64encode(hmac.digest(self.private_key, message, "sha256"))
+
+    def authenticates(self, body: bytes, signature: bytes) -> bool:
+        """Whether `signature` is the body's; takes as long wherever the two differ."""
+        return hmac.compare_digest(self.sign(body), signature)
+
+    def _content_key(self) -> AESGCM:
+        """The content encryption key: HKDF-SHA256 (RFC 5869) of the key pair."""
+        derive = HKDF(SHA256(), 32, salt=self.public_key, info=b"liveapi-jwe-A256GCM")
+        return AESGCM(derive.derive(self.private_key))
+
+    def encrypt(self, payload: bytes) -> bytes:
+        """A JWE in compact serialization (RFC 7516 section 7.1): dir, A256GCM."""
+        header = {"alg": "dir", "enc": "A256GCM", "kid": self.public_key.decode()}
+        protected = _b64url(json.dumps(header, separators=(",", ":")).encode())
+        iv = secrets.token_bytes(12)
+        sealed = self._content_key().encrypt(iv, payload, protected)
+        return b".".join([protected, b"", *map(_b64url, (iv, sealed[:-16], sealed[-16:]))])
+
+    def decrypt(self, jwe: bytes) -> bytes:
+        """The payload of a JWE made for this key pair; Unreadable if it is none."""
+        parts = jwe.split(b".")
+        if len(parts) != 5:
+            raise Unreadable("not a JWE in compact serialization")
+        header = _parse_json(_b64url_decode(parts[0]), unique_names=True)
+        if not isinstance(header, dict):
+            raise Unreadable("JWE header is no JSON object")
+        if header.get("alg") != "dir" or header.get("enc") != "A256GCM" or parts[1]:
+            raise Unreadable("JWE is not of alg dir, enc A256GCM")
+        if "crit" in header or "zip" in header:
+            raise Unreadable("JWE header has crit or zip")
+        if "kid" in header and header["kid"] != self.public_key.decode():
+            raise Unreadable("JWE kid is not the public key")
+        iv, ciphertext, tag = map(_b64url_decode, parts[2:])
+        if len(iv) != 12 or len(tag) != 16:  # RFC 7518 section 5.3
+            raise Unreadable("JWE initialization vector or tag has the wrong length")
+        try:
+            return self._content_key().decrypt(iv, ciphertext + tag, parts[0])
+        except InvalidTag:
+            raise Unreadable("JWE does not decrypt with this key pair") from None
+
+
+def _b64url(data: bytes) -> bytes:
+    return base64.urlsafe_b64encode(data).rstrip(b"=")
+
+
+def _b64url_decode(text: bytes) -> bytes:
+    """Base64url without padding (RFC 7515 section 2), in its one canonical form."""
+    try:
+        data = base64.b64decode(text + b"=" * (-len(text) % 4), b"-_", validate=True)
+    except binascii.Error:
+        data = b""
+    if _b64url(data) != text:
+        raise Unreadable("JWE has malformed base64url")
+    return data
+
+
+def load_instances(directory: Path) -> dict[bytes, Instance]:
+    """The instances of a keys directory by public key; OperatorError names the faulty file."""
+    files: dict[str, dict[str, Path]] = {}
+    try:
+        entries = sorted(directory.iterdir())
+    except OSError as error:
+        raise OperatorError(
+            f"cannot read the keys directory {directory}: {error.strerror}"
+        ) from None
+    for path in entries:
+        if path.name.startswith(".") or path.name.upper().startswith("README"):
+            continue
+        match = KEY_FILE.fullmatch(path.name)
+        if not match:
+            raise OperatorError(f"{path} is no key file: name it NAME.public or NAME.private")
+        name = match[1]
+        if name.endswith(".rejected") or CLOSED_SEGMENT.fullmatch(name + ".jsonl"):
+            raise OperatorError(f"{path}: the name {name} is taken by files of the signal log")
+        files.setdefault(name, {})[match[2]] = path
+    instances: dict[bytes, Instance] = {}
+    for name, pair in files.items():
+        for kind in ("public", "private"):
+            if kind not in pair:
+                (other,) = pair.values()
+                raise OperatorError(f"{other} has no {name}.{kind} beside it: copy both keys")
+        instance = Instance(name, _read_key(pair["public"]), _read_key(pair["private"]))
+        twin = instances.setdefault(instance.public_key, instance)
+        if twin is not instance:
+            raise OperatorError(f"{pair['public']} holds the same public key as {twin.name}.public")
+        if pair["private"].stat().st_mode & stat.S_IROTH:
+            log.warning("%s can be read by everyone: chmod 600 it", pair["private"])
+    if not instances:
+        raise OperatorError(
+            f"no keys in {directory}: copy the Dashboard's two keys into NAME.public and"
+            " NAME.private there"
+        )
+    return instances
+
+
+def _read_key(path: Path) -> bytes:
+    try:
+        key = path.read_bytes().strip()
+    except OSError as error:
+        raise OperatorError(f"cannot read the key {path}: {error.strerror}") from None
+    if not key:
+        raise OperatorError(f"{path} is empty: copy the key from the Dashboard into it")
+    if not re.fullmatch(rb"[!-~]+", key):
+        raise OperatorError(f"{path} does not hold one key: copy it again from the Dashboard")
+    return key
+
+
+# ------------------------------------------------------------------------------------------------
+# 3  Signal: is it a JSON object; the line that will stand in the log
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")  # RFC 8259 section 6
+
+
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = dict(pairs)
+    if len(names) != len(pairs):  # RFC 7516 section 4
+        raise ValueError("a name stands twice")
+    return names
+
+
+# Numbers are not looked at, so they may have any size: no int() that limits its digits.
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=str, parse_float=str)
+_UNIQUE_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_unique_names)
+
+
+def _parse_json(data: bytes, *, unique_names: bool = False) -> Any:
+    """The value of a JSON text (RFC 8259, UTF-8 without BOM); Unreadable if it is none."""
+    try:
+        return (_UNIQUE_DECODER if unique_names else _DECODER).decode(data.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise Unreadable("not UTF-8") from None
+    except RecursionError:
+        raise Unreadable("JSON nested too deeply") from None
+    except ValueError:
+        raise Unreadable("not JSON") from None
+
+
+def check_payload(payload: bytes) -> None:
+    """Raise Unreadable unless the payload is one JSON object; its members are the sender's."""
+    if not isinstance(_parse_json(payload), dict):
+        raise Unreadable("not a JSON object")
+
+
+def message_id(data: bytes) -> str:
+    """What tells a message from another: the first half of its SHA-256, in hex."""
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def now_utc() -> datetime:
+    return datetime.now(timezone.utc)
+
+
+def rfc3339(moment: datetime) -> str:
+    """RFC 3339 in UTC, with microseconds."""
+    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def signal_line(instance: str, identity: str, payload: bytes) -> bytes:
+    """The log's line for a signal: the payload as it was sent, but on one line.
+
+    In valid JSON a raw line break stands between tokens only, where a space means the same.
+    """
+    if b"\n" in payload or b"\r" in payload:
+        payload = payload.replace(b"\n", b" ").replace(b"\r", b" ")
+    return _line_start(instance, identity) + b'"signal":' + payload + b"}\n"
+
+
+def rejected_line(instance: str, identity: str, reason: str, body: bytes) -> bytes:
+    """The line for an authentic message that holds no signal: why, and the body as it was sent."""
+    rest = b'"reason":%b,"body_base64":"%b"}\n'
+    return _line_start(instance, identity) + rest % (
+        json.dumps(reason).encode(),
+        base64.b64encode(body),
+    )
+
+
+def _line_start(instance: str, identity: str) -> bytes:
+    start = f'{{"received_at":"{rfc3339(now_utc())}","instance":"{instance}","id":"{identity}",'
+    return start.encode()
+
+
+LINE = re.compile(
+    rb'\{"received_at":"[0-9T:.Z-]{27}","instance":"[A-Za-z0-9._-]+","id":"([0-9a-f]{32})",'
+    rb'(?:"signal":(.*)|"reason":.*)\}'
+)
+
+
+def line_id(line: bytes) -> str | None:
+    """The id of a line without its newline; None if the line is damaged.
+
+    The id is a hash of the payload, so it tells whether the payload is what was stored; only for
+    the few lines that were rewritten on one line JSON itself must tell.
+    """
+    match = LINE.fullmatch(line)
+    if not match:
+        return None
+    identity = match[1].decode()
+    if match[2] is None or message_id(match[2]) != identity:
+        try:
+            check_payload(line)
+        except Unreadable:
+            return None
+    return identity
+
+
+# ------------------------------------------------------------------------------------------------
+# 4  Signal log: batch, write, sync; what a crash leaves and how it is mended
+#
+# A log is a row of closed segments and the open one, NAME.jsonl. Which crash leaves which bytes:
+#
+#   before the write    nothing of the batch. Nobody was told 200; the sender sends it again.
+#   within the write    a torn last line, maybe whole lines before it. The next start cuts the torn
+#                       line off, syncs the rest, and takes a repeat of it for what it is: stored.
+#   before the sync     the same, or nothing, as the kernel pleased.
+#   after the sync      all of it. Now the batch is acknowledged.
+#   within a closing    the segment has its old name or its new one; either is found at the start.
+#
+# And which error, while the program goes on:
+#
+#   write fails         the file is cut back to its last synced length; the batch gets 503.
+#   sync fails          the same, and the file is closed for good: the kernel may have dropped the
+#                       pages, so that a later sync which succeeds would prove nothing.
+#   closing fails       the segment stays open and closes later. Signals go on being stored.
+#   the file changes    someone renamed, removed or cut it: it is left alone, or mended as at a
+#                       start, and the path is opened anew before a byte is written.
+#
+# Not promised: that a repeat older than the dedupe window is recognised, and anything about a disk
+# that says it has synced what it has not.
+
+READ_BYTES = 1 << 20
+
+
+class Disk:
+    """The few calls with which the log touches its directory; a test may stand in for it.
+
+    The lock on the directory itself keeps a second server out, and no crash can leave it behind.
+    Every method raises OSError.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.held = -1
+        self.hold()
+
+    def hold(self) -> None:
+        """Lock the directory; again, if another one has taken its place."""
+        now = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        if self.held >= 0 and os.path.samestat(os.fstat(now), os.fstat(self.held)):
+            os.close(now)
+            return
+        try:
+            fcntl.flock(now, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(now)
+            raise
+        if self.held >= 0:
+            os.close(self.held)
+        self.held = now
+
+    def names(self) -> list[str]:
+        return os.listdir(self.directory)
+
+    def open_to_read(self, name: str) -> int:
+        return os.open(self.directory / name, os.O_RDONLY | os.O_CLOEXEC)
+
+    def open(self, name: str) -> int:
+        """Open a file to read and append; made with mode 0640, whatever the umask, if missing."""
+        self.hold()
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+        fd = os.open(self.directory / name, flags, 0o640)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", name)
+            os.fchmod(fd, 0o640)
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
+
+    def stat(self, file: str | int) -> os.stat_result:
+        return os.stat(self.directory / file if isinstance(file, str) else file)
+
+    def read(self, fd: int, offset: int, length: int) -> bytes:
+        return os.pread(fd, length, offset)
+
+    def append(self, fd: int, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+
+    def cut(self, fd: int, size: int) -> None:
+        os.ftruncate(fd, size)
+
+    def sync(self, fd: int) -> None:
+        os.fdatasync(fd)
+
+    def sync_directory(self) -> None:
+        self.hold()
+        os.fsync(self.held)
+
+    def rename(self, old: str, new: str) -> None:
+        os.rename(self.directory / old, self.directory / new)
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def probe(self, size: int) -> None:
+        """See whether `size` bytes can be stored now, without touching a segment."""
+        path = self.directory / ".probe"
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
+        try:
+            self.append(fd, bytes(size))
+            self.sync(fd)
+        finally:
+            os.close(fd)
+            os.unlink(path)
+
+
+class Window:
+    """The ids of the newest `size` messages of a log, oldest forgotten first."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.order: deque[str] = deque()
+        self.known: set[str] = set()
+
+    def __contains__(self, identity: str) -> bool:
+        return identity in self.known
+
+    def add(self, identity: str) -> None:
+        if not self.size or identity in self.known:
+            return
+        if len(self.order) == self.size:
+            self.known.remove(self.order.popleft())
+        self.order.append(identity)
+        self.known.add(identity)
+
+
+class Waiter(Protocol):
+    def answered(self, answer: Answer) -> None: ...
+
+
+@dataclass(slots=True)
+class Entry:
+    """A line on its way to the disk, and who waits for it: its sender, and senders of repeats."""
+
+    identity: str
+    line: bytes
+    answer: Answer
+    waiters: list[Waiter]
+
+
+class SignalLog:
+    """One log: its open segment, what has gathered for it, and what it has stored of late.
+
+    Any thread may offer(); the thread that finds the log in `due` commits. `failure` is None while
+    lines can be stored, else what stands in the way.
+    """
+
+    def __init__(
+        self,
+        disk: Disk,
+        stem: str,
+        due: deque[SignalLog],
+        *,
+        window: int,
+        segment_bytes: int,
+        committed: Callable[[SignalLog, list[Entry], float], None] = lambda *_: None,
+        clock: Callable[[], datetime] = now_utc,
+    ) -> None:
+        self.disk, self.stem, self.due, self.clock = disk, stem, due, clock
+        self.segment_bytes = segment_bytes
+        self.committed = committed
+        self.lock = threading.Lock()  # guards these five:
+        self.pending: list[Entry] = []
+        self.in_flight: dict[str, Entry] = {}
+        self.window = Window(window)
+        self.committing = False  # a thread has taken it on to commit what is pending
+        self.failure: str | None = None
+        self.storing = threading.Lock()  # held by who touches the segment, and guards the rest:
+        self.name = f"{stem}.jsonl"
+        self.fd = -1
+        self.identity = (0, 0)  # device and inode
+        self.size = 0  # bytes; all of them synced whole lines
+        self.day = clock().date()
+        self.cut_due = False  # the file may hold more than `size`: what a failed write left
+        self.unsound = False  # a sync of the file has failed: nothing more goes into it
+        self.closing_failed = False
+        self.last_closed = ""  # time in the newest closed segment's name
+        self.needed = 0  # bytes that the batch needed that failed last
+        self.busy_since: float | None = None  # monotonic; a commit is under way
+
+    # What comes in
+
+    def offer(self, identity: str, line: bytes, answer: Answer, waiter: Waiter) -> Answer | None:
+        """Take a line on. The answer, if it is known at once; else the waiter will be told."""
+        with self.lock:
+            if identity in self.window:
+                return answer
+            if self.failure:
+                return CANNOT_STORE
+            first = self.in_flight.get(identity)
+            if first:  # a repeat shares the fate of the first copy
+                first.waiters.append(waiter)
+                return None
+            entry = Entry(identity, line, answer, [waiter])
+            if self.window.size:
+                self.in_flight[identity] = entry
+            self.pending.append(entry)
+            if not self.committing:
+                self.committing = True
+                self.due.append(self)
+        return None
+
+    def commit(self) -> None:
+        """Store what has gathered, batch after batch, until nothing is left."""
+        while True:
+            with self.lock:
+                batch, self.pending = self.pending, []
+                if not batch:
+                    self.committing = False
+                    return
+            started = self.busy_since = time.monotonic()
+            failure = self._store(b"".join([entry.line for entry in batch]))
+            self.busy_since = None
+            with self.lock:
+                self.failure = failure
+                for entry in batch:
+                    self.in_flight.pop(entry.identity, None)
+                    if not failure:
+                        self.window.add(entry.identity)
+            if not failure:
+                self.committed(self, batch, time.monotonic() - started)
+            for entry in batch:
+                for waiter in entry.waiters:
+                    waiter.answered(CANNOT_STORE if failure else entry.answer)
+
+    def _store(self, lines: bytes) -> str | None:
+        """Write and sync whole lines; None, or why it failed. On failure none of them stays."""
+        with self.storing:
+            try:
+                self._prepare()
+                self._append(lines)
+            except OSError as error:
+                self.needed = len(lines)
+                return self._say_failure(error)
+            self._close_if_due()
+            return None
+
+    def _append(self, lines: bytes) -> None:
+        try:
+            self.disk.append(self.fd, lines)
+        except OSError:
+            self._cut_back()
+            raise
+        try:
+            self.disk.sync(self.fd)
+        except OSError:
+            self.unsound = True
+            self._cut_back()
+            raise
+        self.size += len(lines)
+
+    def _cut_back(self) -> None:
+        self.cut_due = True
+        with contextlib.suppress(OSError):  # else it is cut before anything else is written
+            self.disk.cut(self.fd, self.size)
+            self.cut_due = False
+
+    def _say_failure(self, error: OSError) -> str:
+        reason = error.strerror or str(error)
+        if not self.failure:
+            log.error("cannot store signals in %s: %s; trying again", self.name, reason)
+        return reason
+
+    # The open segment
+
+    def _prepare(self) -> None:
+        """See to it that the open segment is sound, and the file that readers see."""
+        if self.fd >= 0:
+            if self.cut_due:
+                self.disk.cut(self.fd, self.size)
+                self.cut_due = False
+            self._notice_strangers()
+        if self.fd >= 0 and self.unsound:
+            self._close_segment()
+        if self.fd < 0:
+            self._open_segment()
+        self._close_if_due()
+        if self.fd < 0:
+            self._open_segment()
+
+    def _notice_strangers(self) -> None:
+        try:
+            there = self.disk.stat(self.name)
+            if (there.st_dev, there.st_ino, there.st_size) == (*self.identity, self.size):
+                return
+        except FileNotFoundError:
+            pass
+        log.warning("%s was changed by someone else: opening it anew", self.name)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        fd, self.fd, self.unsound, self.cut_due = self.fd, -1, False, False
+        with contextlib.suppress(OSError):  # all that counts in it has been synced
+            self.disk.close(fd)
+
+    def _open_segment(self) -> None:
+        """Open the segment, cut a torn tail off, and sync what is there and its directory entry."""
+        fd = self.disk.open(self.name)
+        try:
+            status = self.disk.stat(fd)
+            size = self._whole_lines(fd, status.st_size)
+            if size < status.st_size:
+                log.warning("%s: cut a torn line of %d bytes", self.name, status.st_size - size)
+                self.disk.cut(fd, size)
+            self.disk.sync(fd)
+            self.disk.sync_directory()
+        except OSError:
+            self.disk.close(fd)
+            raise
+        self.fd, self.size, self.identity = fd, size, (status.st_dev, status.st_ino)
+        now = self.clock()
+        self.day = now.date()
+        if size:
+            self.day = datetime.fromtimestamp(status.st_mtime, timezone.utc).date()
+
+    def _whole_lines(self, fd: int, size: int) -> int:
+        """How many bytes of a file end with its last newline."""
+        end = size
+        while end:
+            start = max(0, end - READ_BYTES)
+            newline = self.disk.read(fd, start, end - start).rfind(b"\n")
+            if newline >= 0:
+                return start + newline + 1
+            end = start
+        return 0
+
+    def _close_if_due(self) -> None:
+        """Close a segment that is full or of another day. If that fails, it is tried again."""
+        today = self.clock().date()
+        if not self.size:
+            self.day = today
+        if self.size >= self.segment_bytes or self.day != today:
+            try:
+                self._close_segment()
+            except OSError as error:
+                if not self.closing_failed:
+                    log.error("cannot close %s now: %s", self.name, error.strerror)
+                self.closing_failed = True
+
+    def _close_segment(self) -> None:
+        """Give the segment its final name; the names sort in the order of closing.
+
+        Should the clock have jumped back, a name takes the microsecond after the newest one.
+        """
+        now = f"{self.clock():%Y%m%dT%H%M%S.%fZ}"
+        if now <= self.last_closed:
+            last = datetime.strptime(self.last_closed, "%Y%m%dT%H%M%S.%fZ")
+            now = f"{last + timedelta(microseconds=1):%Y%m%dT%H%M%S.%fZ}"
+        self.disk.rename(self.name, f"{self.stem}-{now}.jsonl")
+        self.last_closed = now
+        self.closing_failed = False
+        self._let_go()
+        self.disk.sync_directory()
+
+    # The start, the minutes without traffic, the end
+
+    def start(self) -> None:
+        """Mend the open segment and learn from the log's tail what is stored; OSError."""
+        with self.storing:
+            names = self.disk.names()
+            self.last_closed = max(self._closing_times(names), default="")
+            if self.name in names or not self.stem.endswith(".rejected"):
+                self._prepare()
+            newest_first: list[str] = []
+            damaged = 0
+            for line in self.newest_lines(synced=True) if self.window.size else ():
+                identity = line_id(line)
+                if identity:
+                    newest_first.append(identity)
+                else:
+                    damaged += 1
+                if len(newest_first) == self.window.size:
+                    break
+            for identity in reversed(newest_first):
+                self.window.add(identity)
+        if damaged:
+            log.warning("%s: left %d damaged line(s) as they are", self.name, damaged)
+
+    def _closing_times(self, names: list[str]) -> Iterator[str]:
+        for name in names:
+            match = CLOSED_SEGMENT.fullmatch(name)
+            if match and match[1] == self.stem:
+                yield match[2]
+
+    def segment_names(self) -> list[str]:
+        """The names of the log's segments, newest first."""
+        names = self.disk.names()
+        closed = sorted(self._closing_times(names), reverse=True)
+        current = [self.name] if self.name in names else []
+        return current + [f"{self.stem}-{time_closed}.jsonl" for time_closed in closed]
+
+    def newest_lines(self, *, synced: bool = False) -> Iterator[bytes]:
+        """The log's lines, newest first, without their newlines; OSError.
+
+        `synced`: see that they are on disk, for a crash may have left them in memory only.
+        """
+        for name in self.segment_names():
+            fd = self.disk.open_to_read(name)
+            try:
+                if synced:
+                    self.disk.sync(fd)
+                yield from self._lines_backward(fd)
+            finally:
+                self.disk.close(fd)
+
+    def _lines_backward(self, fd: int) -> Iterator[bytes]:
+        """The whole lines of a file, last first, without their newlines."""
+        end = self._whole_lines(fd, self.disk.stat(fd).st_size) - 1
+        rest: list[bytes] = []  # pieces of a line whose start is not read yet, last first
+        while end > 0:
+            start = max(0, end - READ_BYTES)
+            first, *lines = self.disk.read(fd, start, end - start).split(b"\n")
+            if lines:
+                lines[-1] += b"".join(reversed(rest))
+                rest = []
+                yield from reversed(lines)
+            rest.append(first)
+            end = start
+        if rest:
+            yield b"".join(reversed(rest))
+
+    def tend(self) -> None:
+        """Do what time asks for: close yesterday's segment, and try again after a failure."""
+        with self.storing:
+            if not self.failure:
+                if self.fd >= 0:
+                    self._close_if_due()
+                return
+            try:
+                self._prepare()
+                self.disk.probe(max(self.needed, 4096))
+            except OSError:
+                return
+            with self.lock:
+                self.failure = None
+        log.info("signals are stored in %s again", self.name)
+
+    def stalled(self, seconds: float) -> bool:
+        """Whether a commit has been under way for so long that the disk must hang."""
+        since = self.busy_since
+        return since is not None and time.monotonic() - since > seconds
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            self._let_go()
+
+
+class Store:
+    """All logs of a signals directory, and who commits them."""
+
+    def __init__(self, disk: Disk, settings: Settings, figures: Figures) -> None:
+        self.disk, self.settings, self.figures = disk, settings, figures
+        self.logs: dict[str, SignalLog] = {}
+        self.due: deque[SignalLog] = deque()
+        self.tending = threading.Event()
+
+    def add(self, instance: str) -> None:
+        """Open an instance's logs, unless they are open; OSError."""
+        for stem in (instance, f"{instance}.rejected"):
+            if stem not in self.logs:
+                new = SignalLog(
+                    self.disk,
+                    stem,
+                    self.due,
+                    window=self.settings.dedupe,
+                    segment_bytes=self.settings.segment_bytes,
+                    committed=self.figures.committed,
+                )
+                new.start()
+                self.logs[stem] = new
+
+    def commit_due(self) -> None:
+        while self.due:
+            try:
+                due = self.due.popleft()
+            except IndexError:  # another thread was quicker
+                return
+            due.commit()
+            if due.failure:
+                self.tending.set()
+
+    @property
+    def can_store(self) -> bool:
+        return not any(each.failure or each.stalled(STALL_SECONDS) for each in self.logs.values())
+
+    def tend(self, notify: Callable[[str], None], watchdog: float | None) -> None:
+        """A thread's life: wake at midnight, each second after a failure, and for the watchdog."""
+        while True:
+            self.tending.clear()
+            for each in list(self.logs.values()):
+                each.tend()
+            state = "storing signals" if self.can_store else "CANNOT STORE SIGNALS"
+            notify(f"STATUS={state}: {self.figures.summary()}")
+            if watchdog and self.can_store:
+                notify("WATCHDOG=1")
+            now = now_utc()
+            midnight = (now + timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
+            waits = [(midnight - now).total_seconds(), watchdog or 1e6]
+            if not self.can_store:
+                waits.append(1.0)
+            self.tending.wait(min(waits))
+
+    def close(self) -> None:
+        for each in self.logs.values():
+            each.close()
+
+
+# ------------------------------------------------------------------------------------------------
+# 5  Figures: what is counted, and the feed that watchers of the log follow
+
+FEED_LINES = 1000
+FEED_BYTES = 8 << 20
+RESULTS = ("stored", "repeated", "set_aside", "refused", "unavailable")
+REASON_SECONDS = 60.0  # a reason for refusals is logged no more often
+
+
+class Histogram:
+    """Counts of observations by upper bound, as Prometheus wants them."""
+
+    def __init__(self, *bounds: float) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def render(self, name: str) -> Iterator[str]:
+        total = 0
+        for bound, count in zip([*map(str, self.bounds), "+Inf"], self.counts, strict=True):
+            total += count
+            yield f'{name}_bucket{{le="{bound}"}} {total}'
+        yield f"{name}_sum {self.sum:.6f}"
+        yield f"{name}_count {total}"
+
+
+class Feed:
+    """The newest stored signals, for watchers; bounded, so that none of them can hold it up."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.lines: deque[tuple[str, bytes]] = deque()
+        self.bytes = 0
+        self.next = 0  # number of the line that comes next; lines[-1] is number next - 1
+
+    def publish(self, entries: Sequence[Entry]) -> None:
+        with self.changed:
+            for entry in entries:
+                self.lines.append((entry.identity, entry.line))
+                self.bytes += len(entry.line)
+            self.next += len(entries)
+            while len(self.lines) > FEED_LINES or self.bytes > FEED_BYTES:
+                self.bytes -= len(self.lines.popleft()[1])
+            self.changed.notify_all()
+
+    def since(self, number: int, seconds: float) -> tuple[int, list[tuple[str, bytes]]]:
+        """How many lines after `number` are gone already, and those that are there; it waits."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.next > number, seconds)
+            fresh = self.next - number
+            kept = min(fresh, len(self.lines))
+            return fresh - kept, list(self.lines)[len(self.lines) - kept :]
+
+
+class Figures:
+    """What has happened since the start, for the console, the metrics and the service's status."""
+
+    def __init__(self, *, watched: bool) -> None:
+        self.lock = threading.Lock()
+        self.started = now_utc()
+        self.signals: Counter[tuple[str, str]] = Counter()  # by instance and result
+        self.refused: Counter[tuple[str, str]] = Counter()  # by instance ("": unknown), reason
+        self.verified: dict[str, datetime] = {}
+        self.stored: dict[str, datetime] = {}
+        self.said: dict[str, tuple[float, int]] = {}  # by reason: when, how many since
+        self.feed = Feed() if watched else None
+        self.request_seconds = Histogram(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 10)
+        self.commit_seconds = Histogram(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 10)
+        self.batch_lines = Histogram(1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+    def count(self, instance: str, result: str, number: int = 1) -> None:
+        with self.lock:
+            self.signals[instance, result] += number
+
+    def committed(self, by: SignalLog, batch: list[Entry], seconds: float) -> None:
+        instance = by.stem.removesuffix(".rejected")
+        repeated = sum(len(entry.waiters) for entry in batch) - len(batch)
+        with self.lock:
+            if by.stem == instance:
+                self.signals[instance, "stored"] += len(batch)
+                self.stored[instance] = now_utc()
+            else:
+                self.signals[instance, "set_aside"] += len(batch)
+            if repeated:
+                self.signals[instance, "repeated"] += repeated
+            self.commit_seconds.observe(seconds)
+            self.batch_lines.observe(len(batch))
+        if self.feed and by.stem == instance:
+            self.feed.publish(batch)
+
+    def refuse(self, instance: str, reason: str) -> None:
+        """Count a refusal and log its reason, but not again and again."""
+        now = time.monotonic()
+        with self.lock:
+            self.refused[instance, reason] += 1
+            if instance:
+                self.signals[instance, "refused"] += 1
+            when, more = self.said.get(reason, (-REASON_SECONDS, 0))
+            if now - when < REASON_SECONDS:
+                self.said[reason] = when, more + 1
+                return
+            self.said[reason] = now, 0
+        log.warning("refused: %s%s%s", reason, f" for {instance}" if instance else "",
+                    f" ({more} more since it was last said)" if more else "")  # fmt: skip
+
+    def summary(self) -> str:
+        totals: Counter[str] = Counter()
+        for (_, result), number in self.signals.copy().items():
+            totals[result] += number
+        return ", ".join(f"{totals[each]} {each.replace('_', ' ')}" for each in RESULTS)
+
+
+# ------------------------------------------------------------------------------------------------
+# 6  Server: connections, the threads that handle them, the answers
+
+HANDLER_THREADS = 4  # one holds the turn; the others commit, or wait for it
+RECEIVE_BYTES = 16384
+LINGER_SECONDS = 2.0  # for an answer to arrive before the connection is closed on unread bytes
+STALL_SECONDS = 10.0  # a commit that takes longer means that signals cannot be stored
+STOP_SECONDS = 8.0
+
+# What a connection is about; only WAITING ones may be closed to make room.
+WAITING, ANSWERING, LINGERING, CLOSED = range(4)
+
+NEED_MORE = Answer(0)  # stands for: the request has not come whole yet
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection. It is run by whichever thread finds it readable, never by two at a time.
+
+    The framework's handler blocks a thread for as long as its connection lives; this one returns
+    when nothing more can be done now, and handle() is called again when something can.
+    """
+
+    request: socket.socket
+    server: Receiver
+
+    def __init__(self, request: socket.socket, address: Any, server: Receiver) -> None:
+        # The framework's own __init__ would handle the whole connection before it returns.
+        self.request, self.client_address, self.server = request, address, server
+        self.parser = RequestParser(server.settings.max_body)
+        self.head: Head | None = None
+        self.instance: Instance | None = None
+        self.state = WAITING
+        self.since = time.monotonic()  # when it began to wait for its request
+        self.deadline = self.since + server.settings.timeout
+        self.begun = 0.0  # when the request's first bytes came; 0: not yet
+        self.watched = False  # in the poll's list
+        self.shaking_hands = server.tls is not None
+        self.unsent = b""
+        self.close_connection = False
+        self.requestline = "-"  # for the access log
+
+    def handle(self) -> None:
+        """Go on with the connection as far as it goes without waiting."""
+        try:
+            if self.shaking_hands and not self._shake_hands():
+                return
+            if self.unsent and not self._send(b""):
+                return
+            if self.state == LINGERING:
+                self._linger()
+            elif self.state == ANSWERING:
+                self._after_answer()
+                self._proceed()
+            else:
+                self._receive()
+        except (BlockingIOError, ssl.SSLWantReadError):
+            self._wait(select.EPOLLIN)
+        except OSError:  # the client has gone
+            self.finish()
+
+    def _shake_hands(self) -> bool:
+        """The TLS handshake, as far as it goes (RFC 8446)."""
+        if not isinstance(self.request, ssl.SSLSocket):
+            assert self.server.tls
+            self.request = self.server.tls.wrap_socket(
+                self.request, server_side=True, do_handshake_on_connect=False
+            )
+        try:
+            self.request.do_handshake()
+        except ssl.SSLWantWriteError:
+            self._wait(select.EPOLLOUT)
+            return False
+        self.shaking_hands = False
+        self.deadline = time.monotonic() + self.server.settings.timeout
+        return True
+
+    def _receive(self) -> None:
+        data = self.request.recv(RECEIVE_BYTES)
+        if not data:
+            self.finish()
+            return
+        if not self.begun:
+            self.begun = time.monotonic()
+            self.deadline = self.begun + self.server.settings.timeout
+        self.parser.feed(data)
+        self._proceed()
+
+    def _proceed(self) -> None:
+        """Answer the requests that have come whole, one after the other."""
+        while self.state == WAITING:
+            try:
+                answer = self._next_answer()
+            except Refusal as refusal:
+                instance = self.instance.name if self.instance else ""
+                self.server.figures.refuse(instance, refusal.reason)
+                self.close_connection |= not self._skip_body()
+                answer = refusal.answer
+            if answer is NEED_MORE:
+                self._wait(select.EPOLLIN)
+                return
+            if answer is None:  # the signal log will tell
+                return
+            self._answer(answer)
+
+    def _next_answer(self) -> Answer | None:
+        """The next request's answer; NEED_MORE; or None: it will come from the signal log."""
+        if self.head is None:
+            self.head = self.parser.next_head()
+            if self.head is None:
+                return NEED_MORE
+            self._judge(self.head)
+        body = self.parser.next_body()
+        if body is None:
+            if self.head.continues and not self.parser.buffer:  # RFC 9110 section 10.1.1
+                self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.head.continues = False
+            return NEED_MORE
+        self.state = ANSWERING
+        answer: Answer | None = getattr(self, f"do_{self.head.method}")(body)
+        return answer
+
+    def _skip_body(self) -> bool:
+        """Whether a refused request has been read whole, so that the next one can be told."""
+        try:
+            return self.head is not None and (
+                self.parser.head is None or self.parser.next_body() is not None
+            )
+        except Refusal:
+            return False
+
+    # What is asked for
+
+    def _judge(self, head: Head) -> None:
+        """Refuse what can be refused by its head, before the body is waited for."""
+        self.requestline = f"{head.method} {head.path.decode()}"
+        self.close_connection = head.close
+        endpoint = head.path == self.server.path
+        allowed = ("GET", "HEAD", "POST") if endpoint else ("GET", "HEAD")
+        if head.path == b"*":
+            return
+        if not endpoint and head.path not in (b"/status", b""):
+            raise Refusal(404, "no such path")
+        if head.method not in allowed:
+            refused = json_answer(405, error="method not allowed")
+            allow = (("Allow", ", ".join(allowed)),)
+            raise Refusal(dataclasses.replace(refused, headers=allow), "method not allowed")
+        if b"content-encoding" in head.fields:
+            raise Refusal(415, "content coding not supported")
+        if endpoint:
+            key = head.fields.get(PUBLIC_KEY)
+            asked = (
+                SIGNATURE in head.fields if head.method == "POST" else b"challenge=" in head.query
+            )
+            if not key or not asked:
+                raise Refusal(MISSING, "missing parameters")
+            # A dictionary hashes the whole key: it takes as long wherever two keys differ.
+            self.instance = self.server.instances.get(key)
+            if self.instance is None:
+                raise Refusal(UNKNOWN_KEY, "invalid public key")
+
+    def do_OPTIONS(self, _body: bytes) -> Answer:  # noqa: N802 (the framework's names)
+        return Answer(200, headers=(("Allow", "GET, HEAD, POST, OPTIONS"),))
+
+    def do_GET(self, _body: bytes) -> Answer:  # noqa: N802
+        assert self.head
+        if self.instance is None:
+            return STATUS_OK if self.server.store.can_store else STATUS_UNAVAILABLE
+        challenge = _challenge(self.head.query)
+        self.server.figures.verified[self.instance.name] = now_utc()
+        log.info("Verify: answered the challenge for %s", self.instance.name)
+        return Answer(200, self.instance.sign(challenge), "text/plain")
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def do_POST(self, body: bytes) -> Answer | None:  # noqa: N802
+        """A signal: authentic? then decrypt, then read; then off to the log."""
+        assert self.head and self.instance
+        fields, instance = self.head.fields, self.instance
+        if not instance.authenticates(body, fields[SIGNATURE]):
+            raise Refusal(WRONG_SIGNATURE, "invalid signature")
+        stem, answer = instance.name, ACCEPTED
+        try:
+            media_type = fields.get(b"content-type", b"").partition(b";")[0].strip().lower()
+            payload = instance.decrypt(body) if media_type == b"application/jose" else body
+            check_payload(payload)
+            identity = message_id(payload)
+            line = signal_line(instance.name, identity, payload)
+        except Unreadable as reason:
+            stem, answer = (
+                f"{instance.name}.rejected",
+                json_answer(200, message=f"set aside: {reason}"),
+            )
+            identity = message_id(body)
+            line = rejected_line(instance.name, identity, str(reason), body)
+        known = self.server.store.logs[stem].offer(identity, line, answer, self)
+        if known is answer:
+            self.server.figures.count(instance.name, "repeated")
+        return known
+
+    def answered(self, answer: Answer) -> None:
+        """The signal log's word on a line; called by the thread that committed it."""
+        try:
+            self._answer(answer)
+            self._proceed()
+        except OSError:  # the client has gone; its signal is stored all the same
+            self.finish()
+        except Exception:
+            log.exception("a defect: please report it")
+            self.finish()
+
+    # How it is answered
+
+    def _answer(self, answer: Answer) -> None:
+        self.state = ANSWERING
+        self.close_connection |= self.server.stopping
+        with_body = self.head is None or self.head.method != "HEAD"
+        figures = self.server.figures
+        figures.request_seconds.observe(time.monotonic() - self.begun)
+        if answer is CANNOT_STORE and self.instance:
+            figures.count(self.instance.name, "unavailable")
+        if self.server.settings.access_log:
+            self.log_request(answer.status, len(answer.body))
+        self.deadline = time.monotonic() + self.server.settings.timeout
+        if self._send(answer.render(close=self.close_connection, with_body=with_body)):
+            self._after_answer()
+
+    def _send(self, data: bytes) -> bool:
+        """Send; what the client does not take now is sent when it does, until the deadline."""
+        data = self.unsent + data
+        try:
+            sent = self.request.send(data)
+        except (BlockingIOError, ssl.SSLWantWriteError):
+            sent = 0
+        self.unsent = data[sent:]
+        if self.unsent:
+            self._wait(select.EPOLLOUT)
+        return not self.unsent
+
+    def _after_answer(self) -> None:
+        if self.close_connection:
+            # Closing on unread bytes would reset the connection, and the answer could be lost.
+            if self.head is not None and self.head.close and not self.parser.begun:
+                self.finish()
+            else:
+                self.state = LINGERING
+                self.deadline = time.monotonic() + LINGER_SECONDS
+                self.request.shutdown(socket.SHUT_WR)
+                self._linger()
+            return
+        now = time.monotonic()
+        self.head = self.instance = None
+        self.since, self.state = now, WAITING
+        self.begun = now if self.parser.begun else 0.0
+        settings = self.server.settings
+        self.deadline = now + (settings.timeout if self.begun else settings.keepalive)
+
+    def _linger(self) -> None:
+        while socket.socket.recv(self.request, RECEIVE_BYTES):
+            pass
+        self.finish()
+
+    def _wait(self, event: int) -> None:
+        """Leave the connection to the poll. From here on another thread may have it."""
+        if self.state != CLOSED:
+            self.server.watch(self, event | select.EPOLLONESHOT)
+
+    def expire(self) -> None:
+        """The deadline has come, or room is needed: end what is waited for."""
+        if self.state == WAITING and self.begun:
+            self.close_connection = True
+            self.server.figures.refuse("", "request not complete in time")
+            try:
+                self._answer(json_answer(408, error="request not complete in time"))
+            except OSError:
+                self.finish()
+        else:
+            self.finish()
+
+    def finish(self) -> None:
+        if self.state != CLOSED:
+            self.state = CLOSED
+            self.server.forget(self)
+            with contextlib.suppress(OSError):
+                if isinstance(self.request, ssl.SSLSocket) and not self.shaking_hands:
+                    self.request.unwrap()  # says goodbye (RFC 8446 section 6.1); never waits
+            self.request.close()
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (the framework's name)
+        log.info("%s %s", self.client_address[0] if self.client_address else "-", format % args)
+
+
+def _challenge(query: bytes) -> bytes:
+    """The challenge to sign, URL-decoded.
+
+    What signs a challenge signs signals too. So a challenge that could pass for a signal is not
+    signed: else whoever knows the public key could have a forged signal signed.
+    """
+    try:
+        pairs = parse_qsl(query.decode(), keep_blank_values=True, errors="strict")
+    except UnicodeDecodeError:
+        raise Refusal(400, "challenge is not UTF-8") from None
+    values = [value for name, value in pairs if name == "challenge"]
+    if len(values) > 1:
+        raise Refusal(400, "repeated challenge")
+    if not values or not values[0]:
+        raise Refusal(MISSING, "missing parameters")
+    challenge = values[0].encode()
+    with contextlib.suppress(Unreadable):
+        check_payload(challenge)
+        raise Refusal(400, "challenge could pass for a signal")
+    return challenge
+
+
+class Receiver(HTTPServer):
+    """The public listener. Its connections are shared by a few threads that take turns."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        listeners: Sequence[socket.socket],
+        instances: dict[bytes, Instance],
+        store: Store,
+        figures: Figures,
+        *,
+        activated: bool,
+    ) -> None:
+        super().__init__(("", 0), Handler, bind_and_activate=False)
+        self.socket.close()  # the framework's own, which could not be handed over by systemd
+        self.listeners = {each.fileno(): each for each in listeners}
+        self.activated = activated  # the listeners outlive this process
+        self.settings, self.instances = settings, instances
+        self.store, self.figures = store, figures
+        self.path = settings.path.encode()
+        scheme = "https" if settings.tls_cert else "http"
+        self.url = f"{scheme}://{_address(listeners[0])}{settings.path}"
+        self.tls = load_tls(settings)
+        self.stopping = False
+        self.connections: dict[int, Handler] = {}
+        self.turn = threading.Lock()  # who holds it polls, accepts, reads, and closes what is late
+        self.committers = threading.Semaphore(HANDLER_THREADS - 1)  # one thread always reads
+        self.planning = threading.Lock()  # guards this one:
+        self.next_sweep = float("inf")  # monotonic; no deadline is earlier
+        self.poll = select.epoll()
+        self.wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.poll.register(self.wake, select.EPOLLIN)
+        for each in listeners:
+            each.setblocking(False)
+            if each.family != socket.AF_UNIX:  # accepted sockets inherit it
+                each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.poll.register(each, select.EPOLLIN)
+
+    def start(self) -> None:
+        for _ in range(HANDLER_THREADS):
+            threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:  # noqa: ARG002
+        """A handler thread's life: read in turn, then commit what has gathered."""
+        while True:
+            with self.turn:
+                while not (self.store.due and self.committers.acquire(blocking=False)):
+                    self._serve_once()
+            try:
+                self.store.commit_due()
+            finally:
+                self.committers.release()
+
+    def _serve_once(self) -> None:
+        """Wait for what is readable and handle it; the caller holds the turn."""
+        wait = max(0.0, self.next_sweep - time.monotonic()) if self.next_sweep < 1e300 else None
+        for fd, _ in self.poll.poll(wait):
+            handler = self.connections.get(fd)
+            if handler:
+                self._run(handler.handle)
+            elif fd in self.listeners:
+                self._accept(self.listeners[fd])
+            elif fd == self.wake:
+                os.eventfd_read(self.wake)
+        if time.monotonic() >= self.next_sweep:
+            self._sweep()
+
+    def _run(self, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except Exception:
+            log.exception("a defect: please report it")
+
+    # Connections come and go
+
+    def _accept(self, listener: socket.socket) -> None:
+        for _ in range(16):  # then the connections that have something to say get their turn
+            if len(self.connections) >= self.settings.max_connections and not self._make_room():
+                self._pause_accepting()
+                return
+            try:
+                request, address = listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:  # the client has gone, or no descriptors are left
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    self.figures.refuse("", "out of file descriptors")
+                    if not self._make_room():
+                        self._pause_accepting()
+                return
+            self.process_request(request, address)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Begin a connection; its first request has often come with it."""
+        request.setblocking(False)
+        handler = Handler(request, client_address, self)
+        self.connections[request.fileno()] = handler
+        self._run(handler.handle)
+
+    def watch(self, handler: Handler, events: int) -> None:
+        """Have the connection handled when it is ready, or ended at its deadline."""
+        if handler.deadline < self.next_sweep:
+            self._plan_sweep(handler.deadline)
+            os.eventfd_write(self.wake, 1)  # who polls now would sleep past it
+        with contextlib.suppress(OSError, ValueError):  # closed meanwhile, to make room
+            if handler.watched:
+                self.poll.modify(handler.request, events)
+            else:
+                handler.watched = True
+                self.poll.register(handler.request, events)
+
+    def forget(self, handler: Handler) -> None:
+        fd = handler.request.fileno()
+        if self.connections.get(fd) is handler:
+            del self.connections[fd]
+        if self.stopping and not self.connections:
+            os.eventfd_write(self.wake, 1)
+
+    def _make_room(self) -> bool:
+        """Close the connection that has waited longest for its request."""
+        waiting = [each for each in list(self.connections.values()) if each.state == WAITING]
+        lingering = [each for each in list(self.connections.values()) if each.state == LINGERING]
+        if not (waiting or lingering):
+            return False
+        oldest = min(lingering or waiting, key=lambda each: each.since)
+        self._run(oldest.finish)
+        return True
+
+    def _pause_accepting(self) -> None:
+        """Leave new connections in the kernel's queue for a while: nothing can be closed now."""
+        for each in self.listeners.values():
+            self.poll.modify(each, 0)
+        self._plan_sweep(time.monotonic() + 0.1)
+
+    def _plan_sweep(self, moment: float) -> None:
+        with self.planning:
+            self.next_sweep = min(self.next_sweep, moment)
+
+    def _sweep(self) -> None:
+        """End what is late, and find the next deadline."""
+        now = time.monotonic()
+        self.next_sweep = float("inf")
+        if not self.stopping:
+            for each in self.listeners.values():
+                self.poll.modify(each, select.EPOLLIN)
+        for handler in list(self.connections.values()):
+            if handler.deadline <= now and (handler.state != ANSWERING or handler.unsent):
+                self._run(handler.expire)
+            if handler.state != CLOSED:
+                self._plan_sweep(max(handler.deadline, now + 0.1))
+
+    def stop(self) -> bool:
+        """Finish what is in flight; True if all of it could be finished in time."""
+        deadline = time.monotonic() + STOP_SECONDS
+        self.stopping = True
+        os.eventfd_write(self.wake, 1)
+        if self.turn.acquire(timeout=STOP_SECONDS / 2):
+            try:
+                for listener in self.listeners.values():
+                    if not self.activated:  # the kernel has told them that they are connected
+                        self._accept(listener)
+                    self.poll.unregister(listener)
+                    listener.close()
+                self.listeners = {}
+                for handler in list(self.connections.values()):
+                    if handler.state == WAITING and not handler.begun:
+                        self._run(handler.finish)
+            finally:
+                self.turn.release()
+        while self.connections and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return not self.connections
+
+
+# ------------------------------------------------------------------------------------------------
+# 7  Console: the private listener: page, stream, status, metrics
+
+WATCHERS = 32  # connections to the console at once
+STREAM_START = 100  # signals that a new watcher is shown
+STREAM_RESUME = 10000  # how far back in the log Last-Event-ID is looked for
+STREAM_PAUSE = 0.25  # seconds between two looks at the feed; a watcher gets FEED_LINES in each
+HEARTBEAT_SECONDS = 15.0
+
+CONSOLE_PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Live API receiver</title>
+<link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark; --page: #f3f5f8; --card: #fff; --ink: #17202b; --soft: #566273;
+  --line: #dfe4ea; --blue: #0a63c2; --good: #14804e; --bad: #c0262d; --warn: #945600; --dot: 45% }
+@media (prefers-color-scheme: dark) { :root { --page: #0e1217; --card: #161c24; --ink: #e4e9f0;
+  --soft: #98a5b5; --line: #29323d; --blue: #6db3ff; --good: #4cc38a; --bad: #ff8080; --warn: #f0b35b;
+  --dot: 65% } }
+* { box-sizing: border-box; margin: 0; font: inherit; color: inherit }
+body { background: var(--page); color: var(--ink); font: 15px/1.45 system-ui, sans-serif }
+header { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; padding: .8rem 1.25rem }
+header, dialog div { background: var(--card); border-bottom: 1px solid var(--line) }
+h1, h2, h3, summary, #state, td button { font-weight: 600 }
+#state { color: var(--warn) } #state.ok { color: var(--good) } #state.bad, .bad { color: var(--bad) }
+#state::before, td:nth-child(2)::before { content: ""; display: inline-block; width: .6em;
+  height: .6em; margin-right: .55em; border-radius: 50%; background: currentColor }
+#about, h2 span, summary span, .ends, dt, th, td:first-child, #shown { color: var(--soft) }
+#about { margin-left: auto } h2 span, summary span { float: right; font-weight: 400 }
+main { display: grid; gap: 1rem; padding: 1rem 1.25rem; align-items: start }
+main, aside { grid-template-columns: minmax(0, 1fr) } aside { display: grid; gap: 1rem }
+aside > *, table, dialog, button, input { background: var(--card); border: 1px solid var(--line);
+  border-radius: .5rem } aside > * { padding: .75rem .9rem } button, summary { cursor: pointer }
+svg { width: 100%; height: 4.5rem; margin-top: .5rem; border-bottom: 1px solid var(--line) }
+.ends { display: flex; justify-content: space-between; font-size: .8rem } path { fill: var(--blue) }
+h3 { margin-top: .7rem; padding-top: .7rem; border-top: 1px solid var(--line) }
+dl { display: grid; grid-template-columns: minmax(6rem, auto) minmax(0, 1fr); column-gap: .9rem }
+dd, h2, h3, #about, pre { overflow-wrap: anywhere } dd, td { font-variant-numeric: tabular-nums }
+#types { max-height: 19rem; overflow: auto; margin: .5rem -.4rem 0 }
+#types button { display: flex; width: 100%; padding: .1rem .4rem; text-align: left }
+#types span:first-child { flex: 1; overflow: hidden; text-overflow: ellipsis }
+.bar { display: flex; gap: .6rem; position: sticky; top: 0; padding: .6rem 0; margin-top: -.6rem;
+  background: var(--page) } input { flex: 1; min-width: 0 } button, input { padding: .4rem .8rem }
+#types button, td button { border: 0; background: none } td button { padding: 0 }
+button[aria-pressed=true] { background: var(--line) !important; font-weight: 600 }
+:focus-visible { outline: 2px solid var(--blue); outline-offset: 1px }
+table { width: 100%; table-layout: fixed; border-spacing: 0 } #shown { padding: .6rem 0 }
+th, td { padding: .34rem .9rem; text-align: left; overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; unicode-bidi: isolate } td { border-top: 1px solid var(--line) }
+th:first-child { width: 8.4rem } th:last-child { width: 20% } tr:hover td { background: var(--page) }
+td:nth-child(2)::before { background: hsl(var(--hue) 60% var(--dot)) } td[colspan] { color: var(--warn) }
+dialog { width: min(60rem, 100% - 1.5rem); max-height: calc(100% - 1.5rem); margin: auto; padding: 0 }
+dialog::backdrop { background: rgb(0 0 0 / .5) } dialog h2 { flex: 1 } pre b { color: var(--blue) }
+dialog div { display: flex; gap: .6rem; align-items: center; padding: .8rem; position: sticky; top: 0 }
+pre { padding: 1rem; font: 13px/1.55 ui-monospace, monospace; white-space: pre-wrap }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
+@media (min-width: 62rem) { main { grid-template-columns: 21rem minmax(0, 1fr) }
+  aside { position: sticky; top: 1rem; max-height: calc(100vh - 2rem); overflow: auto } }
+@media (max-width: 40rem) { header, main { padding-inline: .75rem } #about { margin-left: 0 }
+  main, aside { gap: .6rem } svg { height: 2.4rem } thead { display: none } td { border: 0 }
+  tr { display: grid; grid: auto auto / minmax(0, 1fr) auto; border-top: 1px solid var(--line);
+    padding: .3rem 0 } td { padding-block: .05rem; order: 1 } td:nth-child(2) { order: 0 } }
+</style>
+<header><h1>Live API receiver</h1><p id="state" role="status">Connecting</p><p id="about"></p>
+  <p id="said" class="unseen" role="status"></p></header>
+<main><aside aria-label="Overview">
+  <section><h2>Rate <span id="rate"></span></h2>
+    <svg id="chart" role="img" viewBox="0 0 60 10" preserveAspectRatio="none"><path/></svg>
+    <p class="ends"><span>5 minutes ago</span><span>now</span></p></section>
+  <details><summary>Instances <span id="total"></span></summary><div id="instances"></div></details>
+  <details><summary>Types <span>seen by this page</span></summary><div id="types"></div></details>
+</aside><section aria-label="Signals">
+  <div class="bar"><input id="filter" type="search" accesskey="f" aria-label="Filter the signals"
+    placeholder="Filter by any text" autocomplete="off" spellcheck="false">
+    <button id="pause" accesskey="p" aria-pressed="false">Pause</button></div>
+  <table><caption class="unseen">Signals, newest first</caption><thead><tr><th>Time<th>Type
+    <th>User or device<th>Instance</thead><tbody id="rows"></tbody></table>
+  <p id="shown">No signal yet</p></section>
+</main>
+<dialog id="detail" aria-labelledby="title"><div><h2 id="title"></h2><button id="copy">Copy</button>
+  <button id="close">Close</button></div><pre id="whole" tabindex="0"></pre></dialog>
+<script>
+'use strict';  // A signal is text that strangers write: it enters this page as text, never as HTML.
+const MEMORY = 10000, CHARACTERS = 64e6, ROWS = 200, BARS = 60, BAR_MS = 5000;
+const $ = id => document.getElementById(id), count = n => n.toLocaleString();
+const el = (tag, set, ...inside) => {
+  const made = Object.assign(document.createElement(tag), set);
+  made.append(...inside);
+  return made;
+};
+const clock = new Intl.DateTimeFormat([], { hour: '2-digit', minute: '2-digit', second: '2-digit',
+  fractionalSecondDigits: 3, hourCycle: 'h23' });
+// Control and direction characters are shown as the escapes that JSON has for them.
+const control = /[\0-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
+const plain = s => s.replace(control, c => '\\u' + c.charCodeAt().toString(16).padStart(4, '0'));
+const brief = value => value == null ? ''
+  : plain((typeof value == 'string' ? value : JSON.stringify(value)).slice(0, 200));
+
+let kept = [], characters = 0, latest = 0;  // the signals in memory; the number of the newest
+let words = [], pausedAt = Infinity;  // what the reader asked to see
+let drawn = 0, matching = 0, waiting = 0;  // up to which number the table shows them
+let last = '', connected = false, ahead = 0, unsaid = 0;  // ahead: the receiver's clock less ours
+const seen = new Set(), types = new Map(), bars = new Map();
+
+function keep(entry) {
+  kept.push({ ...entry, number: ++latest, hit: false });
+  characters += entry.line.length;
+  while (kept.length > MEMORY || characters > CHARACTERS) {
+    const old = kept.shift();
+    characters -= old.line.length;
+    matching -= old.hit;
+    seen.delete(old.key);
+  }
+  waiting ||= setTimeout(() => requestAnimationFrame(draw), 80);
+}
+function take(event) {
+  const line = event.data, { received_at, instance, id, signal } = JSON.parse(line);
+  const key = received_at + instance + id;  // a new connection may bring a line again
+  last = event.lastEventId;
+  if (seen.has(key)) return;
+  seen.add(key);
+  const data = Object(signal.data), when = new Date(received_at), full = brief(signal.type);
+  const type = full.replace('re.notifica.event.', '') || '(no type)';
+  const who = brief(data.userID) || (data.deviceID ? 'device ' + brief(data.deviceID) : '');
+  keep({ line, key, when, instance, full, type, who, time: clock.format(when) });
+  const slot = types.has(type) || types.size < 200 ? type : '(other types)';
+  types.set(slot, (types.get(slot) || 0) + 1);
+  const bar = Math.floor(when / BAR_MS);
+  bars.set(bar, (bars.get(bar) || 0) + 1);
+  unsaid++;
+}
+function matches(entry) {
+  if (!words.length) return true;
+  let text = entry.line + ' ' + entry.time;
+  try {  // what is escaped in the line can also be typed as it reads
+    if (text.includes('\\')) text += JSON.stringify(JSON.parse(entry.line));
+  } catch { }  // nested too deep to be written again
+  text = text.toLowerCase();
+  return words.every(word => text.includes(word));
+}
+function row(entry) {
+  if (entry.gap) return el('tr', {}, el('td', { colSpan: 4, textContent: entry.gap }));
+  const made = el('tr', { entry }, el('td', { textContent: entry.time, title: entry.when }),
+    el('td', {}, el('button', { textContent: entry.type, title: entry.full })),
+    el('td', { textContent: entry.who, title: entry.who }), el('td', { textContent: entry.instance }));
+  const hue = [...entry.type.split('.')[0]].reduce((sum, c) => sum * 31 + c.codePointAt(), 7) % 360;
+  made.style.setProperty('--hue', hue);  // a colour for each family of types
+  return made;
+}
+function draw() {  // the new ones on top, and never more than ROWS: thousands do not make it slow
+  const fresh = [];
+  for (let i = kept.length; i-- && kept[i].number > drawn;) {
+    if (kept[i].number > pausedAt || !matches(kept[i])) continue;
+    kept[i].hit = true;
+    matching++;
+    if (fresh.length < ROWS) fresh.push(row(kept[i]));
+  }
+  $('rows').prepend(...fresh);
+  while ($('rows').rows.length > ROWS) $('rows').lastChild.remove();
+  waiting = 0;
+  drawn = Math.min(latest, pausedAt);
+  $('pause').textContent = pausedAt < Infinity ? `Resume (${count(latest - drawn)} new)` : 'Pause';
+  $('shown').textContent = `${words.length ? 'Matching' : 'Signals'}: ${count(matching)}`
+    + (matching > ROWS ? `, the newest ${ROWS} shown; the filter finds the others` : '');
+}
+function redraw() {
+  for (const entry of kept) entry.hit = false;
+  drawn = matching = 0;
+  words = $('filter').value.toLowerCase().split(/\s+/).filter(Boolean);
+  $('rows').replaceChildren();
+  draw();
+  overview();
+}
+function pretty(line) {  // laid out, but no token is changed: 1e400 and 0.10 stay as they were sent
+  const made = document.createDocumentFragment(), coloured = line.length < 1e5;
+  const tokens = /("[^"\\]*(?:\\.[^"\\]*)*")(\s*:)?|[[{]\s*[\]}]|[[{}\],]|[^\s[{}\],":]+/g;
+  let depth = 0, out = '';
+  const at = step => '\n' + '  '.repeat(Math.min(depth += step, 40));
+  for (const [token, string, colon] of line.matchAll(tokens)) {
+    if (colon && coloured) {
+      made.append(out, el('b', { textContent: plain(string) }));
+      out = ': ';
+    } else if (colon) out += plain(string) + ': ';
+    else if (token == '{' || token == '[') out += token + at(1);
+    else if (token == '}' || token == ']') out += at(-1) + token;
+    else out += token == ',' ? token + at(0) : plain(token);
+  }
+  made.append(out);
+  return made;
+}
+function overview() {  // the rate and the types
+  const first = Math.floor((Date.now() + ahead) / BAR_MS) - BARS + 1;
+  for (const bar of bars.keys()) if (bar < first) bars.delete(bar);
+  const heights = Array.from({ length: BARS }, (_, i) => bars.get(first + i) || 0);
+  const most = Math.max(...heights, 1), sum = heights.reduce((a, b) => a + b);
+  $('chart').firstChild.setAttribute('d',
+    heights.map((n, i) => `M${i} 10v${-9.5 * n / most}h.8V10z`).join(''));
+  $('rate').textContent = `${count(sum)} in all, ${count(most * 1000 / BAR_MS)}/s at most`;
+  $('chart').setAttribute('aria-label', `Signals of the last 5 minutes: ${$('rate').textContent}`);
+  [...types].sort((a, b) => b[1] - a[1]).forEach(([type, n], i) => {
+    const button = $('types').children[i]  // kept, so that the keyboard's focus stays
+      || $('types').appendChild(el('button', {}, el('span'), el('span')));
+    button.firstChild.textContent = button.title = type;
+    button.lastChild.textContent = count(n);
+    button.setAttribute('aria-pressed', $('filter').value == type);
+  });
+}
+const ago = time => {
+  const s = Math.max(0, Math.round((Date.now() + ahead - new Date(time)) / 1000));
+  return s < 60 ? `${s} s ago` : s < 3600 ? `${Math.floor(s / 60)} min ago`
+    : new Date(time).toLocaleString();
+};
+const card = (name, pairs) => el('article', {}, el('h3', { textContent: name }), el('dl', {},
+  ...pairs.flatMap(([label, text, className = '']) => [el('dt', { textContent: label, className }),
+    el('dd', { textContent: text, className })])));
+const refusals = reasons => Object.entries(reasons).map(([why, n]) => [why, count(n), 'bad']);
+
+function report(status) {
+  $('about').textContent = `${status.endpoint}, version ${status.version}, since `
+    + new Date(status.started_at).toLocaleString();
+  const cards = status.instances.map(it => card(it.instance, [
+    ['Verified', it.verified_at ? ago(it.verified_at) : 'not since the start'],
+    ['Last signal', it.last_signal_at ? ago(it.last_signal_at) : 'none since the start'],
+    ['Stored', count(it.stored)], ['Repeated', count(it.repeated)],
+    ['Set aside', count(it.set_aside), it.set_aside ? 'bad' : ''], ...refusals(it.refused),
+    ['Segment', `${it.segment}, ${count(Math.ceil(it.segment_bytes / 1024))} KiB`]]));
+  const others = refusals(status.refused);
+  if (others.length) cards.push(card('Refused, of no instance', others));
+  const made = el('div', {}, ...cards), total = key => status.instances.reduce((n, it) => n + it[key], 0);
+  if (made.textContent != $('instances').textContent) $('instances').replaceChildren(...made.children);
+  $('total').textContent = `${count(total('stored'))} stored`;
+}
+async function look() {
+  if (document.hidden) return;
+  let status;
+  try {
+    const answer = await fetch('/status', { signal: AbortSignal.timeout(5000) });
+    ahead = Date.parse(answer.headers.get('date')) - Date.now() || 0;
+    report(status = await answer.json());
+  } catch { }  // the next line says so
+  const [name, text] = !status || !connected ? ['', 'No connection, trying again']
+    : status.status == 'ok' ? ['ok', 'Receiving'] : ['bad', 'Signals cannot be stored'];
+  $('state').className = name;
+  if ($('state').textContent != text) $('state').textContent = text;
+  document.title = (name == 'ok' ? '' : '(!) ') + 'Live API receiver';
+  overview();
+}
+function connect() {  // the browser comes back by itself with Last-Event-ID, but not after a refusal
+  const stream = new EventSource('/signals' + (last && '?after=' + last));
+  stream.onopen = () => { connected = true; look(); };
+  stream.onerror = () => {
+    connected = false;
+    look();
+    if (stream.readyState == EventSource.CLOSED) setTimeout(connect, 2000);
+  };
+  stream.onmessage = take;
+  stream.addEventListener('skipped', event => keep({ line: '', key: '', gap:
+    `${count(JSON.parse(event.data).skipped)} signals skipped: this page was too slow for them` }));
+}
+$('filter').oninput = redraw;
+$('filter').onkeydown = event => { if (event.key == 'Escape') $('filter').value = '', redraw(); };
+$('types').onclick = event => {
+  const type = event.target.closest('button')?.title;
+  if (type) $('filter').value = $('filter').value == type ? '' : type, redraw();
+};
+$('pause').onclick = () => {
+  pausedAt = pausedAt < Infinity ? Infinity : drawn;
+  $('pause').setAttribute('aria-pressed', pausedAt < Infinity);
+  draw();
+};
+$('rows').onclick = event => {
+  const entry = event.target.closest('tr').entry;
+  if (!entry) return;
+  $('title').textContent = entry.full || entry.type;
+  $('whole').replaceChildren(pretty(entry.line));
+  $('copy').onclick = () => navigator.clipboard.writeText(entry.line);
+  $('detail').showModal();
+};
+$('rows').onkeydown = event => {  // the arrows go from row to row
+  const go = { ArrowDown: 'nextSibling', ArrowUp: 'previousSibling' }[event.key];
+  const button = go && event.target.closest('tr')[go]?.querySelector('button');
+  if (button) button.focus(), event.preventDefault();
+};
+$('detail').onclick = event => { if (event.target == $('detail')) $('detail').close(); };
+$('close').onclick = () => $('detail').close();
+for (const details of document.querySelectorAll('details')) details.open = innerWidth > 640;
+document.onvisibilitychange = look;
+setInterval(look, 2000);
+setInterval(() => {  // a screen reader is told now and then, not of each signal
+  if (unsaid && pausedAt == Infinity) $('said').textContent = `${count(unsaid)} new signals`;
+  unsaid = 0;
+}, 15000);
+connect();
+look();
+</script>
+"""
+
+
+def _csp_hash(tag: str) -> str:
+    """The source expression for the page's one element of that name (CSP level 3)."""
+    text = CONSOLE_PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+    return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
+
+
+CONSOLE_HEADERS = (
+    ("Cache-Control", "no-store"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("Referrer-Policy", "no-referrer"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+    (
+        "Content-Security-Policy",
+        "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none';"
+        " form-action 'none'; frame-ancestors 'none';"
+        f" style-src {_csp_hash('style')}; script-src {_csp_hash('script')}",
+    ),
+)
+
+
+class ConsoleHandler(BaseHTTPRequestHandler):
+    """One connection to the console, in a thread of its own: watchers are few and stay long."""
+
+    server: Console
+
+    def handle(self) -> None:
+        connection = self.request
+        connection.settimeout(self.server.receiver.settings.timeout)
+        parser = RequestParser(max_body=0)
+        with contextlib.suppress(OSError):  # the watcher has gone
+            while True:
+                try:
+                    while not (head := parser.next_head()):
+                        data = connection.recv(RECEIVE_BYTES)
+                        if not data:
+                            return
+                        parser.feed(data)
+                    parser.next_body()
+                    self.last_event_id = head.fields.get(b"last-event-id", b"").decode("latin-1")
+                    answer, close = self._respond(head), head.close
+                except Refusal as refusal:
+                    answer, close = refusal.answer, True
+                if answer is None:
+                    return
+                answer = dataclasses.replace(answer, headers=answer.headers + CONSOLE_HEADERS)
+                connection.sendall(answer.render(close=close, with_body=self.command != "HEAD"))
+                if close:
+                    return
+
+    def _respond(self, head: Head) -> Answer | None:
+        self.command = head.method
+        if head.fields.get(b"host", b"").decode().lower() not in self.server.hosts:
+            raise Refusal(421, "this console answers at its own address only")
+        if head.method not in ("GET", "HEAD"):
+            allow = (("Allow", "GET, HEAD"),)
+            refused = json_answer(405, error="method not allowed")
+            raise Refusal(dataclasses.replace(refused, headers=allow), "method not allowed")
+        receiver = self.server.receiver
+        if head.path == b"/":
+            return Answer(200, CONSOLE_PAGE.encode(), "text/html; charset=utf-8")
+        if head.path == b"/status":
+            return json_answer(200, **console_status(receiver))
+        if head.path == b"/metrics":
+            text = "\n".join(metrics(receiver)) + "\n"
+            return Answer(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
+        if head.path != b"/signals":
+            raise Refusal(404, "no such path")
+        self._stream(head.method == "GET")
+        return None
+
+    def _stream(self, with_body: bool) -> None:
+        """Server-sent events (WHATWG HTML section 9.2): stored lines, as long as one watches."""
+        feed = self.server.receiver.figures.feed
+        assert feed
+        fields = "".join(f"{name}: {value}\r\n" for name, value in CONSOLE_HEADERS)
+        head = f"HTTP/1.1 200 OK\r\nDate: {http_date()}\r\nContent-Type: text/event-stream\r\n"
+        self.request.sendall(f"{head}{fields}Connection: close\r\n\r\n".encode())
+        if not with_body:
+            return
+        number = feed.next  # first, so that nothing can fall between the log and the feed
+        recent = recent_lines(self.server.receiver.store, self.last_event_id)
+        shown = {identity for identity, _ in recent}
+        self.request.sendall(b"retry: 1000\n\n" + b"".join(_event(*each) for each in recent))
+        while not self.server.receiver.stopping:
+            skipped, fresh = feed.since(number, HEARTBEAT_SECONDS)
+            number += skipped + len(fresh)
+            events = [_event(*each) for each in fresh if each[0] not in shown]
+            if skipped:
+                events.insert(0, b'event: skipped\ndata: {"skipped": %d}\n\n' % skipped)
+            self.request.sendall(b"".join(events) or b": nothing new\n\n")
+            if fresh:
+                shown = set()
+                time.sleep(STREAM_PAUSE)
+
+
+def _event(identity: str, line: bytes) -> bytes:
+    return b"id: %b\ndata: %b\n\n" % (identity.encode(), line.rstrip(b"\n"))
+
+
+def recent_lines(store: Store, after: str) -> list[tuple[str, bytes]]:
+    """The last lines of all instances' logs in the order of receipt, or those after an id."""
+    limit = STREAM_RESUME if after else STREAM_START
+    lines: list[tuple[bytes, str, bytes]] = []
+    for signal_log in list(store.logs.values()):
+        if not signal_log.stem.endswith(".rejected"):
+            found: list[tuple[bytes, str, bytes]] = []
+            with contextlib.suppress(OSError):
+                for line in signal_log.newest_lines():
+                    match = LINE.fullmatch(line)
+                    if match:
+                        found.append((line[16:43], match[1].decode(), line))
+                    if len(found) == limit or (match and match[1].decode() == after):
+                        break
+            lines += found
+    lines.sort()
+    identities = [identity for _, identity, _ in lines]
+    start = (
+        identities.index(after) + 1 if after in identities else max(0, len(lines) - STREAM_START)
+    )
+    return [(identity, line) for _, identity, line in lines[start:]]
+
+
+def console_status(receiver: Receiver) -> dict[str, Any]:
+    """What the console's /status and its page say."""
+    figures, store = receiver.figures, receiver.store
+
+    def when(moment: datetime | None) -> str | None:
+        return rfc3339(moment) if moment else None
+
+    def refused(name: str) -> dict[str, int]:
+        counts = figures.refused.copy()
+        return {reason: number for (who, reason), number in counts.items() if who == name}
+
+    return {
+        "status": "ok" if store.can_store else "unavailable",
+        "version": __version__,
+        "started_at": rfc3339(figures.started),
+        "endpoint": receiver.url,
+        "instances": [
+            {
+                "instance": name,
+                "verified_at": when(figures.verified.get(name)),
+                "last_signal_at": when(figures.stored.get(name)),
+                **{
+                    each: figures.signals[name, each]
+                    for each in ("stored", "repeated", "set_aside")
+                },
+                "refused": refused(name),
+                "segment": store.logs[name].name,
+                "segment_bytes": store.logs[name].size,
+            }
+            for name in sorted(each.name for each in receiver.instances.values())
+        ],
+        "refused": refused(""),
+    }
+
+
+def metrics(receiver: Receiver) -> Iterator[str]:
+    """The figures in Prometheus' text format 0.0.4."""
+    figures, store = receiver.figures, receiver.store
+    names = sorted(each.name for each in receiver.instances.values())
+
+    def metric(name: str, kind: str, text: str) -> str:
+        return f"# HELP liveapi_{name} {text}\n# TYPE liveapi_{name} {kind}"
+
+    yield metric("signals_total", "counter", "Messages by instance and what became of them.")
+    for name in names:
+        for result in RESULTS:
+            yield (
+                f'liveapi_signals_total{{instance="{name}",result="{result}"}}'
+                f" {figures.signals[name, result]}"
+            )
+    yield metric("refused_total", "counter", "Requests refused, by instance if known, and reason.")
+    for (name, reason), number in sorted(figures.refused.copy().items()):
+        yield f'liveapi_refused_total{{instance="{name}",reason="{reason}"}} {number}'
+    gauges: list[tuple[str, str, Mapping[str, float]]] = [
+        (
+            "last_signal_timestamp_seconds",
+            "When a signal was last stored.",
+            {name: when.timestamp() for name, when in figures.stored.copy().items()},
+        ),
+        (
+            "last_verify_timestamp_seconds",
+            "When a challenge was last answered.",
+            {name: when.timestamp() for name, when in figures.verified.copy().items()},
+        ),
+        (
+            "open_segment_bytes",
+            "Size of the open segment.",
+            {name: store.logs[name].size for name in names},
+        ),
+    ]
+    for gauge, text, values in gauges:
+        yield metric(gauge, "gauge", text)
+        for name, value in values.items():
+            yield f'liveapi_{gauge}{{instance="{name}"}} {value}'
+    yield metric("storing", "gauge", "1 while signals can be stored, else 0.")
+    yield f"liveapi_storing {int(store.can_store)}"
+    yield metric("connections", "gauge", "Open connections of the public listener.")
+    yield f"liveapi_connections {len(receiver.connections)}"
+    yield metric("start_time_seconds", "gauge", "When the receiver was started.")
+    yield f"liveapi_start_time_seconds {figures.started.timestamp()}"
+    histograms = [
+        ("request_duration_seconds", "From a request's first byte to its answer.",
+         figures.request_seconds),
+        ("commit_duration_seconds", "A batch's write and sync.", figures.commit_seconds),
+        ("commit_batch_lines", "Lines written and synced together.", figures.batch_lines),
+    ]  # fmt: skip
+    for name, text, histogram in histograms:
+        yield metric(name, "histogram", text)
+        yield from histogram.render(f"liveapi_{name}")
+
+
+class Console(ThreadingHTTPServer):
+    """The private listener; it shows personal data, so it answers to its own address only."""
+
+    daemon_threads = True
+
+    def __init__(self, receiver: Receiver, listener: socket.socket) -> None:
+        super().__init__(("", 0), ConsoleHandler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener
+        self.receiver = receiver
+        self.room = threading.Semaphore(WATCHERS)
+        host, port = listener.getsockname()[:2] if listener.family != socket.AF_UNIX else ("", 0)
+        names = {f"[{host}]" if ":" in host else host, "localhost"}
+        # A Host field names a service by address, never by a name that DNS could rebind.
+        self.hosts = {f"{name}:{port}" for name in names} | (names if port == 80 else set())
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:  # noqa: ARG002
+        return self.room.acquire(blocking=False)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.room.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
+        log.exception("a defect in the console: please report it")
+
+
+# ------------------------------------------------------------------------------------------------
+# 8  Life: options, systemd, reload, stop
+
+
+def option(default: Any, metavar: str, text: str, kind: Callable[[str], Any] = str) -> Any:
+    return field(default=default, metadata={"metavar": metavar, "help": text, "type": kind})
+
+
+def _number(least: int, most: int = 1 << 62) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number of {least} or more"
+                                             + (f", {most} at most" if most < 1 << 62 else ""))  # fmt: skip
+        return int(text)
+
+    return number
+
+
+def _seconds(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]+)?", text) or not float(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
+    return float(text)
+
+
+def _endpoint_path(text: str) -> str:
+    if not re.fullmatch(_PATH, text.encode()) or text == "/status":
+        raise argparse.ArgumentTypeError(f"{text} is no path for the endpoint: try /live")
+    return text
+
+
+def _console_address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    return host.strip("[]") or "127.0.0.1", _number(0, 65535)(port)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of serve, with their defaults: this table is the command line."""
+
+    keys: Path = option(Path("keys"), "DIR", "the key pairs, NAME.public and NAME.private", Path)
+    signals: Path = option(Path("signals"), "DIR", "where the signals go; made if missing", Path)
+    host: str = option("127.0.0.1", "ADDR", "address to listen on")
+    port: int = option(3014, "N", "port to listen on; 0 picks a free one", _number(0, 65535))
+    path: str = option("/live", "PATH", "the endpoint's path", _endpoint_path)
+    tls_cert: Path | None = option(None, "FILE", "certificate chain in PEM: serve HTTPS", Path)
+    tls_key: Path | None = option(None, "FILE", "the certificate's private key in PEM", Path)
+    max_body: int = option(1048576, "BYTES", "larger bodies get 413", _number(1, 1 << 30))
+    max_connections: int = option(512, "N", "open connections at once", _number(1, 100000))
+    timeout: float = option(
+        10, "SECONDS", "for a request to arrive, a handshake, an answer to leave", _seconds
+    )
+    keepalive: float = option(75, "SECONDS", "idle time between requests", _seconds)
+    segment_bytes: int = option(
+        268435456, "N", "a segment that has reached this size is closed", _number(1)
+    )
+    dedupe: int = option(
+        65536, "N", "newest signals among which a repeat is recognised; 0: none", _number(0)
+    )
+    console: tuple[str, int] | None = option(
+        None, "[HOST:]PORT", "private listener: page, stream, metrics (off)", _console_address
+    )
+    access_log: bool = option(False, "", "log a line for each request", bool)
+
+
+def load_tls(settings: Settings) -> ssl.SSLContext | None:
+    """TLS 1.2 and up from the two files, or None without them; OperatorError if they are faulty."""
+    if not (settings.tls_cert and settings.tls_key):
+        if settings.tls_cert or settings.tls_key:
+            raise OperatorError("--tls-cert and --tls-key go together: give both")
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    for path in (settings.tls_cert, settings.tls_key):
+        if not os.access(path, os.R_OK):
+            raise OperatorError(f"cannot read the TLS file {path}")
+    try:
+        context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")
+    except (ssl.SSLError, OSError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise OperatorError(
+            f"{settings.tls_cert} and {settings.tls_key} are no certificate with its unencrypted"
+            f" key: {reason}"
+        ) from None
+    return context
+
+
+def open_listener(host: str, port: int) -> socket.socket:
+    """A listening TCP socket; OperatorError if there can be none."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OperatorError(f"cannot listen on {host} port {port}: {reason}") from None
+
+
+def activated_listeners() -> dict[str, list[socket.socket]]:
+    """The sockets that systemd has opened for us, by name (sd_listen_fds(3))."""
+    sockets: dict[str, list[socket.socket]] = {}
+    if os.environ.get("LISTEN_PID") == str(os.getpid()):
+        names = os.environ.get("LISTEN_FDNAMES", "").split(":")
+        for index in range(int(os.environ.get("LISTEN_FDS", "0"))):
+            name = "console" if names[index : index + 1] == ["console"] else "live"
+            listener = socket.socket(fileno=3 + index)
+            os.set_inheritable(3 + index, False)
+            sockets.setdefault(name, []).append(listener)
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        os.environ.pop(name, None)
+    return sockets
+
+
+def notify(state: str) -> None:
+    """Tell the service manager (sd_notify(3)); without one, nothing happens."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+            sock.connect("\0" + address[1:] if address.startswith("@") else address)
+            sock.sendall(state.encode())
+
+
+class _LogLine(logging.Formatter):
+    """A line to standard error: with a time, or for the journal with a priority (sd-daemon(3))."""
+
+    PRIORITIES: Mapping[int, int] = {logging.ERROR: 3, logging.WARNING: 4, logging.INFO: 6}
+
+    def __init__(self) -> None:
+        super().__init__()
+        there = os.fstat(2)
+        self.journal = os.environ.get("JOURNAL_STREAM") == f"{there.st_dev}:{there.st_ino}"
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if self.journal:
+            priority = f"<{self.PRIORITIES.get(record.levelno, 6)}>"
+            return "\n".join(priority + line for line in text.split("\n"))
+        return f"{rfc3339(now_utc())[:19]}Z {record.levelname.lower()}: {text}"
+
+
+def setup_logging() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_LogLine())
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    logging.raiseExceptions = False  # a closed standard error is no reason to stop
+
+
+SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+
+
+def serve(settings: Settings) -> int:
+    """Receive signals until SIGTERM or SIGINT; the exit status."""
+    # Blocked in every thread and taken one by one below: none can be lost, none interrupts.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    setup_logging()
+    instances = load_instances(settings.keys)
+    load_tls(settings)
+    figures = Figures(watched=settings.console is not None)
+    given = activated_listeners()
+    figures.feed = figures.feed or (Feed() if "console" in given else None)
+    listeners = given.get("live") or [open_listener(settings.host, settings.port)]
+    consoles = given.get("console", [])
+    if settings.console and not consoles:
+        consoles = [open_listener(*settings.console)]
+    store = open_store(settings, figures)
+    for instance in instances.values():
+        add_to_store(store, instance.name)
+    receiver = Receiver(settings, listeners, instances, store, figures, activated="live" in given)
+    for listener in consoles:
+        console = Console(receiver, listener)
+        threading.Thread(target=console.serve_forever, args=(None,), daemon=True).start()
+        log.info("console on http://%s/", _address(listener))
+    receiver.start()
+    watchdog = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6 or None
+    threading.Thread(target=store.tend, args=(notify, watchdog), daemon=True).start()
+    names = ", ".join(sorted(each.name for each in instances.values()))
+    log.info("ready on %s for %s; signals go to %s", receiver.url, names, settings.signals)
+    notify("READY=1")
+    while (number := signal.sigwait(SIGNALS)) == signal.SIGHUP:
+        reload(receiver)
+    notify("STOPPING=1\nSTATUS=finishing what is in flight")
+    log.info("stopping on %s", signal.Signals(number).name)
+    if receiver.stop():
+        store.close()
+    else:
+        log.warning("stopped with %d connections unfinished", len(receiver.connections))
+    log.info("stopped: %s", figures.summary())
+    logging.shutdown()
+    os._exit(0)  # threads that wait, be it for a disk that hangs, end here
+
+
+def open_store(settings: Settings, figures: Figures) -> Store:
+    directory = settings.signals
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        return Store(Disk(directory), settings, figures)
+    except BlockingIOError:
+        raise OperatorError(f"another server is using {directory}: give this one its own") from None
+    except OSError as error:
+        raise OperatorError(
+            f"cannot use the signals directory {directory}: {error.strerror}"
+        ) from None
+
+
+def add_to_store(store: Store, name: str) -> None:
+    try:
+        store.add(name)
+    except OSError as error:
+        where = f"{store.disk.directory / name}.jsonl"
+        raise OperatorError(f"cannot open the log {where}: {error.strerror}") from None
+
+
+def reload(receiver: Receiver) -> None:
+    """Take the keys and the TLS files anew; what is faulty leaves the old ones in force."""
+    notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    try:
+        instances = load_instances(receiver.settings.keys)
+        tls = load_tls(receiver.settings)
+        for instance in instances.values():
+            add_to_store(receiver.store, instance.name)
+        receiver.instances, receiver.tls = instances, tls
+        names = ", ".join(sorted(each.name for each in instances.values()))
+        log.info("reloaded: receiving for %s", names)
+    except OperatorError as error:
+        log.error("not reloaded, the old keys and certificates stay in force: %s", error)
+    notify("READY=1")
+
+
+def _address(listener: socket.socket) -> str:
+    name = listener.getsockname()
+    if isinstance(name, (str, bytes)):
+        return f"unix:{os.fsdecode(name)}"
+    return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
+
+
+# ------------------------------------------------------------------------------------------------
+# 9  Commands: serve, check, demo
+
+EVENT = "re.notifica.event."
+DOCUMENTED_TYPES = (
+    "application.Install application.Registration application.Uninstall application.Upgrade"
+    " application.Open application.Close application.Exception push.Registration"
+    " notification.Sent notification.Receive notification.Open notification.Influenced"
+    " inappmessage.View inappmessage.Action email.Subscribe email.Unsubscribe email.Bounce"
+    " email.Complaint email.Deactivate email.ViewOnline email.LinkTracked sms.Subscribe"
+    " sms.AutoSubscribe sms.OptIn sms.Unsubscribe sms.Nondeliverable sms.Incoming sms.Charged"
+    " region.Session beacon.Session scannable.Scan link.Click pass.Add pass.Remove pass.Redeem"
+    " product.Buy product.Buy.store asset.Load custom.demo"
+).split()
+
+
+class LiveAPI:
+    """The Live API's side of the wire, for check and demo: calls an endpoint with a key pair."""
+
+    def __init__(self, url: str, *, insecure: bool = False, timeout: float = 10) -> None:
+        parts = urlsplit(url)
+        try:
+            port = parts.port
+        except ValueError:
+            port = -1
+        if parts.scheme not in ("http", "https") or not parts.hostname or port == -1:
+            raise OperatorError(f"{url} is no endpoint: give it as https://HOST/live")
+        self.target = parts.path or "/"
+        if parts.scheme == "https":
+            context = ssl._create_unverified_context() if insecure else ssl.create_default_context()
+            self.connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+                parts.hostname, port, timeout=timeout, context=context
+            )
+        else:
+            self.connection = http.client.HTTPConnection(parts.hostname, port, timeout=timeout)
+
+    def call(
+        self, method: str, query: str, body: bytes | None, headers: dict[str, str]
+    ) -> tuple[int, bytes]:
+        """Status and body of the answer; OSError or http.client.HTTPException without one."""
+        try:
+            self.connection.request(method, self.target + query, body, headers)
+            response = self.connection.getresponse()
+            return response.status, response.read()
+        except (OSError, http.client.HTTPException):
+            self.connection.close()
+            raise
+
+    def verify(self, instance: Instance, challenge: str) -> tuple[int, bytes]:
+        headers = {PUBLIC_KEY.decode(): instance.public_key.decode()}
+        return self.call("GET", "?challenge=" + quote(challenge, safe=""), None, headers)
+
+    def post(self, instance: Instance, body: bytes, **replaced: str | None) -> tuple[int, bytes]:
+        """POST a body with the instance's signature; `replaced` may change or drop a header."""
+        headers = {
+            "content_type": "application/json",
+            "public_key": instance.public_key.decode(),
+            "signature": instance.sign(body).decode(),
+            **replaced,
+        }
+        names = {
+            "content_type": "content-type",
+            "public_key": PUBLIC_KEY.decode(),
+            "signature": SIGNATURE.decode(),
+        }
+        sent = {names[key]: value for key, value in headers.items() if value is not None}
+        return self.call("POST", "", body, sent)
+
+
+def make_signal(kind: str) -> bytes:
+    """A signal as the Live API would send it, unlike any other."""
+    data: dict[str, Any] = {"id": secrets.token_hex(12), "deviceID": secrets.token_hex(16)}
+    if not kind.startswith("application"):
+        data["userID"] = "user@example.com"
+    if kind.startswith("notification"):
+        data["notification"] = secrets.token_hex(12)
+    if kind == "region.Session":
+        now = int(time.time() * 1000)
+        data |= {"region": secrets.token_hex(12), "start": now - 60000, "end": now, "length": 60}
+    envelope = {"service": "liveapi_server", "type": EVENT + kind, "data": data,
+                "timestamp": int(time.time() * 1000)}  # fmt: skip
+    return json.dumps(envelope, separators=(",", ":")).encode()
+
+
+class Table:
+    """Prints what was tried, a line each as it happens: coloured on a terminal, plain in a pipe."""
+
+    def __init__(self) -> None:
+        self.failed = 0
+        self.colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+    def row(self, what: str, call: Callable[[], tuple[int, bytes]],
+            expected: Callable[[int, bytes], bool]) -> bool:  # fmt: skip
+        started = time.monotonic()
+        try:
+            status, body = call()
+            ok = expected(status, body)
+            answer = f"{status} {body[:60].decode('utf-8', 'backslashreplace')}"
+        except (OSError, http.client.HTTPException) as error:
+            ok, answer = False, f"no answer: {getattr(error, 'strerror', None) or error!r}"
+        took = (time.monotonic() - started) * 1000
+        self.failed += not ok
+        verdict = "ok" if ok else "FAILED"
+        if self.colour:
+            verdict = f"\x1b[{32 if ok else 31}m{verdict}\x1b[0m"
+        answer = "".join(char if char.isprintable() else "?" for char in answer)
+        print(f"{what:<44} {answer:<42} {took:7.1f} ms  {verdict}", flush=True)
+        return ok
+
+
+def is_accepted(status: int, body: bytes) -> bool:
+    return (status, body) == (200, ACCEPTED.body)
+
+
+def check(url: str, keys: Path, name: str | None, *, insecure: bool) -> int:
+    """Play the Live API's side against an endpoint; the exit status."""
+    setup_logging()
+    instances = sorted(load_instances(keys).values(), key=lambda each: each.name)
+    chosen = [each for each in instances if name in (None, each.name)]
+    if not chosen:
+        known = ", ".join(each.name for each in instances)
+        raise OperatorError(f"no instance {name} in {keys}: there is {known}")
+    table = Table()
+    for instance in chosen:
+        api = LiveAPI(url, insecure=insecure)
+
+        def refused_with(answer: Answer) -> Callable[[int, bytes], bool]:
+            return lambda status, body: (status, body) == (answer.status, answer.body)
+
+        def try_all(api: LiveAPI = api, instance: Instance = instance) -> None:
+            challenge = secrets.token_urlsafe(24) + " +/="
+            proof = instance.sign(challenge.encode())
+            body = make_signal("custom.liveapi_check")
+            jwe = instance.encrypt(make_signal("custom.liveapi_check"))
+            rows: list[tuple[str, Callable[[], tuple[int, bytes]], Callable[[int, bytes], bool]]] = [
+                ("Verify: a challenge", lambda: api.verify(instance, challenge),
+                 lambda status, answer: (status, answer) == (200, proof)),
+                ("a signed signal", lambda: api.post(instance, body), is_accepted),
+                ("the same signal again", lambda: api.post(instance, body), is_accepted),
+                ("an encrypted signal",
+                 lambda: api.post(instance, jwe, content_type="application/jose"), is_accepted),
+                ("a tampered body",
+                 lambda: api.post(instance, body + b" ", signature=instance.sign(body).decode()),
+                 refused_with(WRONG_SIGNATURE)),
+                ("an unsigned body", lambda: api.post(instance, body, signature=None),
+                 refused_with(MISSING)),
+                ("an unknown public key",
+                 lambda: api.post(instance, body, public_key=secrets.token_hex(32)),
+                 refused_with(UNKNOWN_KEY)),
+            ]  # fmt: skip
+            for what, call, expected in rows:
+                table.row(f"{instance.name}: {what}", call, expected)
+
+        try_all()
+    return 1 if table.failed else 0
+
+
+def demo(*, console: bool) -> int:
+    """Start a receiver with throw-away keys and play the Live API against it; the exit status."""
+    directory = Path(tempfile.mkdtemp(prefix="liveapi-demo-"))
+    (directory / "keys").mkdir()
+    for kind in ("public", "private"):
+        path = directory / "keys" / f"demo.{kind}"
+        path.touch(mode=0o600)
+        path.write_text(secrets.token_hex(32) + "\n")
+    (instance,) = load_instances(directory / "keys").values()
+    command = [sys.executable, __file__, "serve", "--port", "0"]
+    command += ["--keys", str(directory / "keys"), "--signals", str(directory / "signals")]
+    command += ["--console", "0"] if console else []
+    print("starting a receiver on loopback, with a throw-away key pair\n", flush=True)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            return _play_demo(process, instance, directory, console=console)
+        except KeyboardInterrupt:
+            return 0
+        finally:
+            process.terminate()
+
+
+def _play_demo(
+    process: subprocess.Popen[str], instance: Instance, directory: Path, *, console: bool
+) -> int:
+    assert process.stderr
+    url = page = ""
+    for said in process.stderr:
+        print(f"  {said.rstrip()}", flush=True)
+        found = re.search(r"https?://\S+", said)
+        page = found[0] if found and "console on" in said else page
+        url = found[0] if found and "ready on" in said else ""
+        if url:
+            break
+    if not url:
+        return 1
+    threading.Thread(target=process.stderr.read, daemon=True).start()
+    print("\nplaying the Live API against it, over HTTP\n", flush=True)
+    api, table = LiveAPI(url), Table()
+    challenge = secrets.token_urlsafe(24)
+    proof = instance.sign(challenge.encode())
+    table.row("Verify: a challenge", lambda: api.verify(instance, challenge),
+              lambda status, body: (status, body) == (200, proof))  # fmt: skip
+    acknowledged = []
+    for kind in DOCUMENTED_TYPES:
+        for encrypted in (False, True):
+            payload = make_signal(kind)
+            what = f"{kind}{', encrypted' if encrypted else ''}"
+            if table.row(
+                what, lambda p=payload, e=encrypted: _send(api, instance, p, e), is_accepted
+            ):
+                acknowledged.append(message_id(payload))
+    path = directory / "signals" / f"{instance.name}.jsonl"
+    lines = path.read_bytes().splitlines()
+    print(f"\nthe last of {len(lines)} stored lines:\n")
+    for line in lines[-3:]:
+        print(f"  {line.decode()}")
+    stored = Counter(line_id(line) for line in lines)
+    missing = [identity for identity in acknowledged if stored[identity] != 1]
+    print(f"\n{len(acknowledged)} signals acknowledged, {len(missing)} of them not in the log once")
+    print(f"the log: {path}", flush=True)
+    if console:
+        print(f"the console: {page}\nsignals keep coming; end it with Ctrl-C", flush=True)
+        while process.poll() is None:
+            kind = secrets.choice(DOCUMENTED_TYPES)
+            _send(api, instance, make_signal(kind), secrets.randbelow(5) == 0)
+            time.sleep(0.1 + secrets.randbelow(900) / 1000)
+    return 1 if missing or table.failed else 0
+
+
+def _send(api: LiveAPI, instance: Instance, payload: bytes, encrypted: bool) -> tuple[int, bytes]:
+    if encrypted:
+        return api.post(instance, instance.encrypt(payload), content_type="application/jose")
+    return api.post(instance, payload)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise OperatorError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = "Receive the signals of Notificare's Live API and keep each one, once, on disk."
+    parser = _Parser(prog="liveapi_server.py", description=about, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"liveapi_server {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    text = "receive signals (the default)"
+    serving = commands.add_parser("serve", help=text, description=about, allow_abbrev=False)
+    for each in dataclasses.fields(Settings):
+        flag = "--" + each.name.replace("_", "-")
+        meta, default = each.metadata, each.default
+        if default is False:
+            serving.add_argument(flag, action="store_true", help=meta["help"])
+        else:
+            shown = f"{meta['help']} (default: {default})" if default is not None else meta["help"]
+            serving.add_argument(
+                flag, metavar=meta["metavar"], type=meta["type"], default=default, help=shown
+            )
+    text = "play the Live API's side against an endpoint: is it set up right?"
+    checking = commands.add_parser("check", help=text, description=text, allow_abbrev=False)
+    checking.add_argument("url", metavar="URL", help="the endpoint, as the Dashboard has it")
+    checking.add_argument("--keys", metavar="DIR", type=Path, default=Path("keys"),
+                          help="the key pairs (default: keys)")  # fmt: skip
+    checking.add_argument("--instance", metavar="NAME", help="only this instance")
+    checking.add_argument("--insecure", action="store_true", help="trust any certificate")
+    text = "see it work: no keys, no account, one command"
+    demonstrating = commands.add_parser("demo", help=text, description=text, allow_abbrev=False)
+    demonstrating.add_argument("--console", action="store_true",
+                               help="go on with signals trickling in, and show the console")  # fmt: skip
+    parser.epilog = "Options of serve, the default command: liveapi_server.py serve --help"
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status: 0, 2 for a mistake in how it was started, 1 otherwise."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
+        words.insert(0, "serve")
+    try:
+        chosen = vars(_parser().parse_args(words))
+        command = chosen.pop("command")
+        if command == "check":
+            return check(
+                chosen["url"], chosen["keys"], chosen["instance"], insecure=chosen["insecure"]
+            )
+        if command == "demo":
+            return demo(console=chosen["console"])
+        return serve(Settings(**chosen))
+    except OperatorError as error:
+        print(f"liveapi_server: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

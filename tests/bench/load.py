@@ -1,0 +1,147 @@
+"""Send signals, and check afterwards that what was acknowledged is in the log."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import statistics
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import environment
+from pool import BODY_BYTES, PUBLIC_KEY_BYTES, SIGNATURE_BYTES, Pool
+from servers import Running
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """So many connections, persistent or a new one for each signal."""
+
+    connections: int
+    new: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Scenario:
+        number, new = text.removesuffix("new"), text.endswith("new")
+        if not number.isdigit() or not 0 < int(number) <= 500:
+            raise ValueError(f"{text!r} is neither a number from 1 to 500 nor one followed by new")
+        return cls(int(number), new)
+
+    def __str__(self) -> str:
+        return f"{self.connections}new" if self.new else str(self.connections)
+
+    @property
+    def title(self) -> str:
+        if self.new:
+            return f"{self.connections} connections, a new one for each signal"
+        if self.connections == 1:
+            return "1 persistent connection"
+        return f"{self.connections} persistent connections"
+
+
+@dataclass(frozen=True)
+class Measured:
+    rate: float  # signals acknowledged per second
+    p50_ms: float
+    p99_ms: float
+    max_ms: float
+    cpu_us: float  # processor time of the server per signal
+    resident_mib: float
+    answered: int
+    taken: int  # signals that wrk took from the pool: those answered and those in flight
+
+
+def fire(server: Running, pool: Pool, first: int, scenario: Scenario, seconds: int) -> Measured:
+    """wrk with the pool's signals from `first` on; SystemExit unless every answer is a 2xx."""
+    sizes = map(str, (PUBLIC_KEY_BYTES, SIGNATURE_BYTES, BODY_BYTES))
+    command = ["wrk", "--threads=1", f"--connections={scenario.connections}"]
+    command += [f"--duration={seconds}s", "--timeout=10s", "--latency"]
+    command += ["--script", str(environment.HERE / "post.lua")]
+    command += [f"http://127.0.0.1:{server.port}/live", "--", str(pool.path), str(first), *sizes]
+    command += ["close" if scenario.new else "keep"]
+    cpu = server.cpu_seconds()
+    done = subprocess.run(command, capture_output=True, text=True)
+    cpu = server.cpu_seconds() - cpu
+    _, found, result = done.stdout.partition("BENCH ")
+    if not found:
+        raise SystemExit(f"wrk failed on {server.server.title}:\n{done.stdout}{done.stderr}")
+    counted = json.loads(result)
+    if counted["refused"] or counted["broken"] or not counted["answered"]:
+        said = server.output.read_text(errors="replace")[-2000:]
+        raise SystemExit(f"{server.server.title}, {scenario.title}: {counted}\n{said}")
+    return Measured(
+        rate=counted["answered"] / counted["seconds"],
+        p50_ms=counted["p50_us"] / 1000,
+        p99_ms=counted["p99_us"] / 1000,
+        max_ms=counted["max_us"] / 1000,
+        cpu_us=cpu * 1e6 / counted["answered"],
+        resident_mib=server.resident_mib(),
+        answered=counted["answered"],
+        taken=counted["taken"],
+    )
+
+
+def check_log(signals: Path, runs: list[Measured], before: int = 0) -> None:
+    """Each acknowledged signal is in the log, once, and nothing else is; SystemExit if not.
+
+    What was in flight when wrk stopped may be there or not, so the count has a tolerance: the
+    signals that wrk had taken from the pool and had no answer for.
+    """
+    lines = b"".join(path.read_bytes() for path in signals.glob("*.jsonl")).split(b"\n")
+    if lines.pop() != b"":
+        raise SystemExit(f"{signals}: the last line is not whole")
+    for line in lines[::100]:
+        payload = line.partition(b'"signal":')[2][:-1]
+        if json.loads(line)["id"] != hashlib.sha256(payload).hexdigest()[:32]:
+            raise SystemExit(f"{signals}: a line's id is not that of its signal")
+    distinct = len({line.partition(b'"id":"')[2][:32] for line in lines})
+    stored = len(lines) - before
+    answered, taken = sum(run.answered for run in runs), sum(run.taken for run in runs)
+    if distinct != len(lines) or not answered <= stored <= taken:
+        raise SystemExit(
+            f"{signals}: {stored} lines ({distinct} ids) for {answered} acknowledged signals "
+            f"of {taken} sent"
+        )
+
+
+def open_idle(port: int, requests: list[bytes]) -> list[socket.socket]:
+    """A persistent connection for each request, left open after its 200."""
+    connections = []
+    for request in requests:
+        connection = socket.create_connection(("127.0.0.1", port), timeout=10)
+        connection.sendall(request)
+        if b" 200 " not in connection.recv(4096).partition(b"\r\n")[0]:
+            raise SystemExit("a request on an idle connection did not get a 200")
+        connections.append(connection)
+    return connections
+
+
+def still_open(connections: list[socket.socket]) -> int:
+    count = 0
+    for connection in connections:
+        try:
+            connection.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
+        except BlockingIOError:
+            count += 1
+        except ConnectionError:
+            pass
+    return count
+
+
+def sync_ms(directory: Path, count: int = 200) -> float:
+    """The median time that a write and an fdatasync of one line take here and now."""
+    path = directory / "sync"
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    times = []
+    for _ in range(count):
+        started = time.perf_counter()
+        os.write(log, b"x" * 650)
+        os.fdatasync(log)
+        times.append(time.perf_counter() - started)
+    os.close(log)
+    path.unlink()
+    return statistics.median(times) * 1000

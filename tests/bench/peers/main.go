@@ -1,0 +1,122 @@
+// The compiled peer: net/http from Go's standard library, one goroutine that writes and syncs for
+// all the requests that wait (group commit), and a 200 only after the sync.
+package main
+
+import (
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"io"
+	"log"
+	"net/http"
+	"os"
+	"syscall"
+	"time"
+)
+
+var (
+	publicKey  = os.Getenv("BENCH_PUBLIC")
+	privateKey = []byte(os.Getenv("BENCH_PRIVATE"))
+	queue      = make(chan *waiting, 1024)
+)
+
+// A line on its way to the disk, and where its handler learns how that went.
+type waiting struct {
+	line   []byte
+	stored chan error
+}
+
+func commit(file *os.File) {
+	var batch []*waiting
+	var lines []byte
+	for first := range queue {
+		batch, lines = append(batch[:0], first), append(lines[:0], first.line...)
+		for more := len(queue); more > 0; more-- {
+			next := <-queue
+			batch, lines = append(batch, next), append(lines, next.line...)
+		}
+		_, err := file.Write(lines)
+		if err == nil {
+			err = syscall.Fdatasync(int(file.Fd()))
+		}
+		for _, each := range batch {
+			each.stored <- err
+		}
+	}
+}
+
+func answer(w http.ResponseWriter, status int, body string) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(status)
+	io.WriteString(w, body)
+}
+
+func authentic(body []byte, signature string) bool {
+	given, err := base64.StdEncoding.DecodeString(signature)
+	mac := hmac.New(sha256.New, privateKey)
+	mac.Write(body)
+	return err == nil && hmac.Equal(mac.Sum(nil), given)
+}
+
+func lineOf(body []byte) []byte {
+	hash := sha256.Sum256(body)
+	line := make([]byte, 0, len(body)+160)
+	line = append(line, `{"received_at":"`...)
+	line = time.Now().UTC().AppendFormat(line, "2006-01-02T15:04:05.000000Z")
+	line = append(line, `","instance":"bench","id":"`...)
+	line = append(line, hex.EncodeToString(hash[:16])...)
+	line = append(line, `","signal":`...)
+	line = append(line, body...)
+	return append(line, "}\n"...)
+}
+
+func live(w http.ResponseWriter, r *http.Request) {
+	if r.Method != http.MethodPost {
+		answer(w, 405, `{"error":"method not allowed"}`)
+		return
+	}
+	public, signature := r.Header.Get("x-notificare-public-key"), r.Header.Get("x-notificare-signature")
+	if public == "" || signature == "" {
+		answer(w, 400, `{"message":"missing parameters"}`)
+		return
+	}
+	if public != publicKey {
+		answer(w, 400, `{"error":"invalid public key"}`)
+		return
+	}
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, 1<<20))
+	if err != nil {
+		answer(w, 400, `{"error":"body not read"}`)
+		return
+	}
+	if !authentic(body, signature) {
+		answer(w, 400, `{"error":"invalid signature"}`)
+		return
+	}
+	if len(body) == 0 || body[0] != '{' || !json.Valid(body) {
+		answer(w, 400, `{"error":"not a JSON object"}`)
+		return
+	}
+	mine := &waiting{lineOf(body), make(chan error, 1)}
+	queue <- mine
+	if err := <-mine.stored; err != nil {
+		answer(w, 503, `{"error":"not stored"}`)
+		return
+	}
+	answer(w, 200, `{"message":"message received"}`)
+}
+
+func main() {
+	file, err := os.OpenFile(os.Getenv("BENCH_LOG"), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o640)
+	if err != nil {
+		log.Fatal(err)
+	}
+	go commit(file)
+	http.HandleFunc("/live", live)
+	http.HandleFunc("/status", func(w http.ResponseWriter, r *http.Request) {
+		answer(w, 200, `{"status":"ok"}`)
+	})
+	log.Fatal(http.ListenAndServe("127.0.0.1:"+os.Args[1], nil))
+}

@@ -1,0 +1,281 @@
+"""Drive the real receiver: make keys, start the program, play the Live API's side, read the log."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import http.client
+import json
+import os
+import re
+import secrets
+import signal
+import ssl
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = ROOT / "liveapi_server.py"
+ACCEPTED = {"message": "message received"}
+
+
+def b64url(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A throw-away key pair, and what the Live API does with one."""
+
+    name: str
+    public: str = field(default_factory=lambda: secrets.token_hex(32))
+    private: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
+
+    def write(self, directory: Path) -> Pair:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / f"{self.name}.public").write_text(self.public + "\n")
+        secret = directory / f"{self.name}.private"
+        secret.write_text(self.private + "\n")
+        secret.chmod(0o600)
+        return self
+
+    def sign(self, message: bytes) -> str:
+        return base64.b64encode(hmac.digest(self.private.encode(), message, "sha256")).decode()
+
+    def headers(self, body: bytes, content_type: str = "application/json") -> dict[str, str]:
+        return {
+            "content-type": content_type,
+            "x-notificare-public-key": self.public,
+            "x-notificare-signature": self.sign(body),
+        }
+
+    def encrypt(self, payload: bytes, header: dict[str, Any] | None = None) -> bytes:
+        """A JWE in compact serialization as protocol.md describes it (dir, A256GCM)."""
+        key = HKDF(hashes.SHA256(), 32, self.public.encode(), b"liveapi-jwe-A256GCM").derive(
+            self.private.encode()
+        )
+        protected = b64url(
+            json.dumps(header or {"alg": "dir", "enc": "A256GCM", "kid": self.public}).encode()
+        )
+        iv = secrets.token_bytes(12)
+        sealed = AESGCM(key).encrypt(iv, payload, protected.encode())
+        return f"{protected}..{b64url(iv)}.{b64url(sealed[:-16])}.{b64url(sealed[-16:])}".encode()
+
+
+def signal_payload(**data: Any) -> bytes:
+    """A unique signal, as JSON text."""
+    kind = data.pop("type", "re.notifica.event.notification.Open")
+    data.setdefault("id", secrets.token_hex(12))
+    body = {"service": "My Service", "type": kind, "data": data, "timestamp": 1421656451382}
+    return json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def payload_id(payload: bytes) -> str:
+    return hashlib.sha256(payload).hexdigest()[:32]
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Receiver:
+    """The real program in a process of its own; `url` and `port` are known once it is ready."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *options: str,
+        pairs: tuple[Pair, ...] = (),
+        python: str = sys.executable,
+        env: dict[str, str] | None = None,
+        wrapper: tuple[str, ...] = (),
+        ready_within: float = 20,
+        port: int = 0,
+    ) -> None:
+        self.directory = directory
+        self.keys = directory / "keys"
+        self.signals = directory / "signals"
+        for pair in pairs:
+            pair.write(self.keys)
+        self.log: list[str] = []
+        self.command = [*wrapper, python, str(PROGRAM), "--keys", str(self.keys)]
+        self.command += ["--signals", str(self.signals), "--port", str(port), *options]
+        self.process = subprocess.Popen(
+            self.command,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            cwd=directory,
+            env={**os.environ, **(env or {})},
+        )
+        self._changed = threading.Condition()
+        threading.Thread(target=self._read_log, daemon=True).start()
+        line = self.wait_for_log(r"https?://\S+", ready_within)
+        found = re.search(r"(https?://[^\s,;]+)", line)
+        assert found
+        self.url = found[1].rstrip(".")
+        parts = urlsplit(self.url)
+        assert parts.hostname and parts.port
+        self.scheme, self.host, self.port = parts.scheme, parts.hostname, parts.port
+
+    def _read_log(self) -> None:
+        assert self.process.stderr
+        for line in self.process.stderr:
+            with self._changed:
+                self.log.append(line.rstrip("\n"))
+                self._changed.notify_all()
+        with self._changed:
+            self.log.append("(end of log)")
+            self._changed.notify_all()
+
+    def wait_for_log(self, pattern: str, seconds: float = 10, start: int = 0) -> str:
+        """The first log line at or after index `start` that matches; AssertionError if none comes."""
+        deadline = time.monotonic() + seconds
+        with self._changed:
+            while True:
+                for line in self.log[start:]:
+                    if re.search(pattern, line):
+                        return line
+                left = deadline - time.monotonic()
+                if left <= 0 or "(end of log)" in self.log[start:]:
+                    raise AssertionError(f"no log line matches {pattern!r}: {self.log}")
+                self._changed.wait(left)
+
+    def connect(self, timeout: float = 30) -> http.client.HTTPConnection:
+        if self.scheme == "https":
+            context = ssl._create_unverified_context()
+            return http.client.HTTPSConnection(
+                self.host, self.port, timeout=timeout, context=context
+            )
+        return http.client.HTTPConnection(self.host, self.port, timeout=timeout)
+
+    def request(
+        self,
+        method: str,
+        target: str,
+        body: Any = None,
+        headers: dict[str, str] | None = None,
+        connection: http.client.HTTPConnection | None = None,
+        **options: Any,
+    ) -> Answer:
+        """One request; on a connection of its own unless one is given."""
+        used = connection or self.connect()
+        try:
+            used.request(method, target, body, headers or {}, **options)
+            response = used.getresponse()
+            data = response.read()
+            names = {k.lower(): v for k, v in response.getheaders()}
+            return Answer(response.status, names, data)
+        finally:
+            if connection is None:
+                used.close()
+
+    def verify(self, pair: Pair, challenge: str = "a challenge") -> Answer:
+        return self.request(
+            "GET",
+            "/live?challenge=" + quote(challenge, safe=""),
+            headers={"x-notificare-public-key": pair.public},
+        )
+
+    def post(
+        self,
+        pair: Pair,
+        body: bytes,
+        content_type: str = "application/json",
+        connection: http.client.HTTPConnection | None = None,
+        **headers: str,
+    ) -> Answer:
+        """A signed POST of `body` to the endpoint; `headers` replace the signed ones."""
+        return self.request(
+            "POST", "/live", body, {**pair.headers(body, content_type), **headers}, connection
+        )
+
+    def post_encrypted(self, pair: Pair, payload: bytes) -> Answer:
+        return self.post(pair, pair.encrypt(payload), "application/jose")
+
+    def segments(self, stem: str) -> list[Path]:
+        """The closed segments of a log, oldest first, then the open one."""
+        closed = re.compile(re.escape(stem) + r"-\d{8}T\d{6}\.\d{6}Z\.jsonl")
+        found = sorted(p for p in self.signals.glob("*.jsonl") if closed.fullmatch(p.name))
+        current = self.signals / f"{stem}.jsonl"
+        return [*found, *([current] if current.exists() else [])]
+
+    def raw(self, stem: str) -> bytes:
+        return b"".join(path.read_bytes() for path in self.segments(stem))
+
+    def lines(self, stem: str) -> list[dict[str, Any]]:
+        """Every line of a log, parsed; it is an error if one is torn or no JSON object."""
+        raw = self.raw(stem)
+        assert raw == b"" or raw.endswith(b"\n"), f"torn tail: {raw[-80:]!r}"
+        return [json.loads(line) for line in raw.split(b"\n")[:-1]]
+
+    def ids(self, stem: str) -> list[str]:
+        return [line["id"] for line in self.lines(stem)]
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def stop(self, number: int = signal.SIGTERM, within: float = 15) -> int:
+        """Ask it to end, and give its exit status."""
+        if self.process.poll() is None:
+            self.signal(number)
+        return self.process.wait(within)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(10)
+
+
+def run(*arguments: str, cwd: Path | None = None, within: float = 60, python: str = sys.executable,
+        env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """Run the program to its end; for starts that should fail, and for check and demo."""
+    return subprocess.run(
+        [python, str(PROGRAM), *arguments],
+        cwd=cwd or tempfile.gettempdir(),
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=within,
+    )
+
+
+def eventually(check: Any, seconds: float = 10, every: float = 0.02) -> Any:
+    """Call `check` until it gives a true value; its last value, or an AssertionError."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = check()
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"not so within {seconds} s: {check}"
+        time.sleep(every)
+
+
+def free_ports(count: int) -> Iterator[int]:
+    """Ports that are free now, for programs that can't be asked to pick one."""
+    import socket
+
+    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [sock.getsockname()[1] for sock in held]
+    for sock in held:
+        sock.close()
+    yield from ports

@@ -1,0 +1,116 @@
+"""Count signals by hour and type, each signal once, from the closed segments of many receivers.
+
+    spark-submit count_by_type.py --out DIR [--follow] SIGNALS
+
+SIGNALS is a glob of the receivers' signals directories. `DIR/counts` gets Parquet; `DIR/checkpoint`
+is what a later run goes on from. Without `--follow` it counts what is there and ends; with it,
+it looks for new segments every minute.
+
+A count comes in parts, one a batch: sum them up.
+
+    SELECT hour, type, sum(signals) FROM 'DIR/counts/*/*.parquet' GROUP BY ALL
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql.functions import (
+    col,
+    count,
+    date_trunc,
+    from_json,
+    regexp_extract,
+    timestamp_millis,
+    to_timestamp,
+    when,
+)
+from pyspark.sql.streaming.query import StreamingQuery
+
+# A closed segment never changes and is never renamed, so its name alone says what was counted.
+CLOSED_SEGMENTS = "*-????????T??????.??????Z.jsonl"
+
+# How a stored line begins. What stands before the signal is the receiver's own and can always be
+# read; a line of a rejected log has a reason in place of the signal and drops out.
+STORED = r'^\{"received_at":"([^"]+)","instance":"[^"]+","id":"([0-9a-f]{32})","signal":'
+
+# What is read of the signal. What Spark can't read of it is null, and the signal counts.
+SIGNAL = "signal STRUCT<type: STRING, timestamp: DOUBLE>"
+YEAR_10000 = 253402300800000
+
+# For how long an id is remembered. The watermark is on the time of receipt, not on the signal's
+# own: a paused instance sends signals that are days old, and they count. A repeat is at most as
+# late as the sender repeats, plus the day that a quiet receiver keeps a segment open, plus the
+# time a segment takes to get here. What comes later than this is dropped, and said.
+REMEMBERED = "7 days"
+
+
+def distinct_signals(spark: SparkSession, signals: str, segments_per_batch: int) -> DataFrame:
+    lines = (
+        spark.readStream.option("pathGlobFilter", CLOSED_SEGMENTS)
+        .option("maxFilesPerTrigger", segments_per_batch)
+        # By default a file that is a week older than the newest is passed over without a word.
+        .option("maxFileAge", "3650d")
+        .text(signals)
+    )
+    signal = from_json("value", SIGNAL).signal
+    at = when(signal.timestamp.between(0, YEAR_10000 - 1), signal.timestamp.cast("long"))
+    return (
+        lines.where(col("value").rlike(STORED))
+        .select(
+            regexp_extract("value", STORED, 2).alias("id"),
+            to_timestamp(regexp_extract("value", STORED, 1)).alias("received_at"),
+            date_trunc("hour", timestamp_millis(at)).alias("hour"),
+            signal.type.alias("type"),
+        )
+        .withWatermark("received_at", REMEMBERED)
+        .dropDuplicatesWithinWatermark(["id"])
+    )
+
+
+def write_counts(out: str, batch: DataFrame, number: int) -> None:
+    """What a batch counted, under its number: run again after a kill, it replaces its first try."""
+    counts = batch.groupBy("hour", "type").agg(count("*").alias("signals"))
+    counts.coalesce(1).write.mode("overwrite").parquet(f"{out}/counts/batch={number}")
+
+
+def report(query: StreamingQuery) -> None:
+    lines = late = 0
+    for progress in query.recentProgress:
+        lines += progress["numInputRows"]
+        late += sum(state["numRowsDroppedByWatermark"] for state in progress["stateOperators"])
+    print(f"{lines} lines read, {late} dropped because they came later than {REMEMBERED}")
+
+
+def main() -> None:
+    options = argparse.ArgumentParser()
+    options.add_argument("signals")
+    options.add_argument("--out", required=True)
+    options.add_argument("--follow", action="store_true")
+    options.add_argument("--segments-per-batch", type=int, default=64)
+    given = options.parse_args()
+
+    spark = (
+        SparkSession.builder.appName("count signals by type")
+        .config("spark.sql.session.timeZone", "UTC")
+        # Remembered ids go to disk, not to the heap.
+        .config(
+            "spark.sql.streaming.stateStore.providerClass",
+            "org.apache.spark.sql.execution.streaming.state.RocksDBStateStoreProvider",
+        )
+        .getOrCreate()
+    )
+    query = (
+        distinct_signals(spark, given.signals, given.segments_per_batch)
+        .writeStream.option("checkpointLocation", f"{given.out}/checkpoint")
+        .trigger(**({"processingTime": "1 minute"} if given.follow else {"availableNow": True}))
+        .foreachBatch(lambda batch, number: write_counts(given.out, batch, number))
+        .start()
+    )
+    query.awaitTermination()
+    report(query)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Talk HTTP/1.1 to the receiver byte by byte, and read its answers as strictly as it reads ours."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import ssl
+import time
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+STATUS_LINE = re.compile(rb"HTTP/1\.1 ([1-5][0-9]{2}) [\t -~\x80-\xff]*")
+FIELD_LINE = re.compile(
+    rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]*?)[ \t]*", re.DOTALL
+)
+
+
+@dataclass
+class Reply:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def closes(self) -> bool:
+        return "close" in self.headers.get("connection", "").lower().split(", ")
+
+
+class Wire:
+    """One connection. A reset is an error: an answer must always have had time to arrive."""
+
+    def __init__(
+        self,
+        port: int,
+        timeout: float = 20,
+        tls: ssl.SSLContext | None = None,
+        receive_buffer: int = 0,
+    ) -> None:
+        raw = socket.socket()
+        if receive_buffer:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        raw.settimeout(timeout)
+        raw.connect(("127.0.0.1", port))
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket: socket.socket = tls.wrap_socket(raw) if tls else raw
+        self.buffer = b""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.socket.close()
+
+    def send(self, data: bytes) -> None:
+        self.socket.sendall(data)
+
+    def drip(self, data: bytes, pause: float) -> None:
+        for i in range(len(data)):
+            self.send(data[i : i + 1])
+            time.sleep(pause)
+
+    def half_close(self) -> None:
+        self.socket.shutdown(socket.SHUT_WR)
+
+    def _more(self) -> bool:
+        data = self.socket.recv(65536)
+        self.buffer += data
+        return bool(data)
+
+    def reply(self, to_head: bool = False) -> Reply | None:
+        """The next answer, or None when the connection has ended in good order before one."""
+        while b"\r\n\r\n" not in self.buffer:
+            if not self._more():
+                assert self.buffer == b"", f"half an answer: {self.buffer!r}"
+                return None
+        head, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
+        first, *lines = head.split(b"\r\n")
+        start = STATUS_LINE.fullmatch(first)
+        assert start, f"no status line: {first!r}"
+        headers: dict[str, str] = {}
+        for line in lines:
+            found = FIELD_LINE.fullmatch(line)
+            assert found, f"no field line: {line!r}"
+            name = found[1].decode().lower()
+            assert name not in headers, f"{name} is repeated in {head!r}"
+            headers[name] = found[2].decode("latin-1")
+        status = int(start[1])
+        if status < 200 or status in (204, 304) or to_head:
+            return Reply(status, headers, b"")
+        assert "transfer-encoding" not in headers, "its own answers are short: a length will do"
+        assert "content-length" in headers, f"the answer's end cannot be told: {head!r}"
+        length = int(headers["content-length"])
+        while len(self.buffer) < length:
+            assert self._more(), f"the answer is cut short: {head + self.buffer!r}"
+        body, self.buffer = self.buffer[:length], self.buffer[length:]
+        return Reply(status, headers, body)
+
+    def answer(self, to_head: bool = False) -> Reply:
+        reply = self.reply(to_head)
+        assert reply, "closed without an answer"
+        return reply
+
+    def ends(self) -> bool:
+        """Whether the server now closes in good order, with nothing more said."""
+        return self.buffer == b"" and not self._more()
+
+
+def ask(port: int, data: bytes, to_head: bool = False) -> Reply:
+    """The first answer to `data`, on a connection of its own."""
+    with Wire(port) as wire:
+        wire.send(data)
+        return wire.answer(to_head)
