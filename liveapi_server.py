@@ -21,10 +21,11 @@ The file is read from top to bottom in the order in which a signal travels:
     8  Life         options, systemd, reload, stop
     9  Commands     serve, check, demo
 
-Handler threads share the connections. One holds the turn: it waits for whatever becomes readable,
-reads, checks, and hands lines to the signal log. When lines have gathered it passes the turn on
-and commits them itself: one write and one sync for all, then the 200s. No thread waits for another
-to store its signal, so a signal costs no thread switch of its own.
+A few handler threads share the connections. One of them reads: it waits for whatever becomes
+readable, checks it, and hands lines to the signal log. When lines have gathered it leaves the
+reading to the next thread and commits them: one write and one sync for all, then the 200s. So a
+signal costs no thread of its own, nor a switch to another one. One lock, the turn, guards all that
+is shared; it is let go only to wait, for the network or for the disk.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import hashlib
 import hmac
 import http.client
@@ -91,16 +93,18 @@ FIELDS = 100
 CHUNK_LINE_BYTES = 256
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 section 5.6.2
-_PCHAR = rb"(?:[A-Za-z0-9._~!$&'()*+,;=:@-]|%[0-9A-Fa-f]{2})"  # RFC 3986 section 3.3
-_PATH = rb"(?:/" + _PCHAR + rb"*)+"
-_QUERY = rb"(?:" + _PCHAR + rb"|[/?])*"
-_HOST = rb"(?:\[[0-9A-Fa-f:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]*)?"
+_PCHARS = rb"[A-Za-z0-9._~!$&'()*+,;=:@-]*"  # RFC 3986 section 3.3, less the percent signs
+_SEGMENT = _PCHARS + rb"(?:%[0-9A-Fa-f]{2}" + _PCHARS + rb")*"
+_PATH = rb"(?:/" + _SEGMENT + rb")+"
+_QUERY = _SEGMENT + rb"(?:[/?]" + _SEGMENT + rb")*"
+_NAME = rb"[A-Za-z0-9._~!$&'()*+,;=-]*(?:%[0-9A-Fa-f]{2}[A-Za-z0-9._~!$&'()*+,;=-]*)*"
+_HOST = rb"(?:\[[0-9A-Fa-f:.]+\]|(?=[^:/?])" + _NAME + rb")(?::[0-9]*)?"
 REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) HTTP/([0-9])\.([0-9])")  # 9112 section 3
 FIELD_LINE = re.compile(rb"(" + _TOKEN + rb"):([\t -~\x80-\xff]*)")  # 9112 section 5
 TARGET = re.compile(  # RFC 9112 section 3.2: origin-form or absolute-form
-    rb"(?:https?://(?:" + _HOST + rb"))?(" + _PATH + rb")(?:\?(" + _QUERY + rb"))?", re.ASCII
+    rb"(?:(?i:https?)://" + _HOST + rb")?(" + _PATH + rb")(?:\?(" + _QUERY + rb"))?"
 )
-ABSOLUTE_ROOT = re.compile(rb"https?://" + _HOST + rb"(?:\?(" + _QUERY + rb"))?", re.I)
+ABSOLUTE_ROOT = re.compile(rb"(?i:https?)://" + _HOST + rb"(?:\?(" + _QUERY + rb"))?")
 HOST = re.compile(_HOST)
 LENGTH = re.compile(rb"[0-9]{1,18}")  # RFC 9110 section 8.6
 CHUNK_LINE = re.compile(  # RFC 9112 section 7.1; white space in an extension is refused
@@ -120,7 +124,7 @@ SAID_ONCE = frozenset(
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Answer:
     """What a request is answered with; every answer the endpoint can give is made here."""
 
@@ -129,23 +133,26 @@ class Answer:
     content_type: str = "application/json"
     headers: tuple[tuple[str, str], ...] = ()
 
+    def __post_init__(self) -> None:
+        self.status_line = f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}\r\n".encode()
+        fields = (("Content-Type", self.content_type), ("Content-Length", len(self.body)))
+        self.fields = "".join(f"{k}: {v}\r\n" for k, v in (*fields, *self.headers)).encode()
+
     def render(self, *, close: bool, with_body: bool = True) -> bytes:
         """The answer's bytes (RFC 9112 section 4), dated as RFC 9110 section 6.6.1 asks."""
-        more = "".join(f"{name}: {value}\r\n" for name, value in self.headers)
-        head = (
-            f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}\r\nDate: {http_date()}\r\n"
-            f"Content-Type: {self.content_type}\r\nContent-Length: {len(self.body)}\r\n"
-            f"{more}Connection: {'close' if close else 'keep-alive'}\r\n\r\n"
+        return b"%bDate: %b\r\n%bConnection: %b\r\n\r\n%b" % (
+            self.status_line,
+            http_date(int(time.time())),
+            self.fields,
+            b"close" if close else b"keep-alive",
+            self.body if with_body else b"",
         )
-        return head.encode("latin-1") + (self.body if with_body else b"")
 
 
-def http_date(_cache: list[Any] = [0, ""]) -> str:  # noqa: B006 (one date serves a second)
-    """The time now as an IMF-fixdate (RFC 9110 section 5.6.7)."""
-    now = int(time.time())
-    if _cache[0] != now:
-        _cache[:] = now, formatdate(now, usegmt=True)
-    return str(_cache[1])
+@functools.lru_cache(maxsize=1)
+def http_date(second: int) -> bytes:
+    """An IMF-fixdate (RFC 9110 section 5.6.7); one serves for a whole second."""
+    return formatdate(second, usegmt=True).encode()
 
 
 def json_answer(code: int, /, **members: Any) -> Answer:
@@ -176,7 +183,7 @@ class Head:
     """The head of a request: its request line and fields, and how its body is framed."""
 
     method: str
-    path: bytes  # percent-encoded as it was sent; b"*" and b"" (CONNECT) are no paths
+    path: bytes  # percent-encoded as it was sent; "*" and HOST:PORT as they were sent
     query: bytes
     fields: dict[bytes, bytes]  # names in lower case; repeated fields joined by a comma
     length: int | None  # bytes of body; None: chunked
@@ -189,15 +196,7 @@ def parse_head(head: bytes) -> Head:
     request_line, *lines = head[:-4].split(b"\r\n")
     if len(head) - len(request_line) > HEADER_BYTES or len(lines) > FIELDS:
         raise Refusal(431, "header section too large")
-    match = REQUEST_LINE.fullmatch(request_line)
-    if not match:
-        raise Refusal(400, "malformed request line")
-    method, target, major, minor = match.groups()
-    if len(target) > TARGET_BYTES:
-        raise Refusal(414, "target too long")
-    if major != b"1":
-        raise Refusal(505, "HTTP version not supported")
-    path, query = _parse_target(method, target)
+    method, path, query, http_1_0 = parse_request_line(request_line)
     fields: dict[bytes, bytes] = {}
     for line in lines:
         match = FIELD_LINE.fullmatch(line)
@@ -209,15 +208,14 @@ def parse_head(head: bytes) -> Head:
                 raise Refusal(400, f"repeated {name.decode()} field")
             value = fields[name] + b", " + value
         fields[name] = value
-    http_1_0 = minor == b"0"
     host = fields.get(b"host")
     if host is None and not http_1_0:  # RFC 9112 section 3.2
         raise Refusal(400, "missing Host field")
     if host is not None and not HOST.fullmatch(host):
         raise Refusal(400, "malformed Host field")
-    options = fields.get(b"connection", b"").lower().replace(b" ", b"").split(b",")
+    options = fields.get(b"connection", b"").lower().translate(None, b" \t").split(b",")
     return Head(
-        method.decode(),
+        method,
         path,
         query,
         fields,
@@ -227,19 +225,28 @@ def parse_head(head: bytes) -> Head:
     )
 
 
-def _parse_target(method: bytes, target: bytes) -> tuple[bytes, bytes]:
-    """Path and query of a request target (RFC 9112 section 3.2)."""
-    if target == b"*" and method == b"OPTIONS":
-        return target, b""
-    if method == b"CONNECT" and HOST.fullmatch(target):
-        return b"", b""
-    match = TARGET.fullmatch(target)
-    if match:
-        return match[1], match[2] or b""
-    match = ABSOLUTE_ROOT.fullmatch(target)
-    if match:
-        return b"/", match[1] or b""
-    raise Refusal(400, "malformed target")
+@functools.lru_cache(maxsize=32)  # most requests begin with the same line
+def parse_request_line(line: bytes) -> tuple[str, bytes, bytes, bool]:
+    """Method, path, query, and whether it is HTTP/1.0 (RFC 9112 section 3)."""
+    match = REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise Refusal(400, "malformed request line")
+    method, target, major, minor = match.groups()
+    if len(target) > TARGET_BYTES:
+        raise Refusal(414, "target too long")
+    if major != b"1":
+        raise Refusal(505, "HTTP version not supported")
+    path, query = target, b""
+    asterisk = target == b"*" and method == b"OPTIONS"
+    authority = method == b"CONNECT" and HOST.fullmatch(target)
+    if not (asterisk or authority):
+        if match := TARGET.fullmatch(target):
+            path, query = match[1], match[2] or b""
+        elif match := ABSOLUTE_ROOT.fullmatch(target):
+            path, query = b"/", match[1] or b""
+        else:
+            raise Refusal(400, "malformed target")
+    return method.decode(), path, query, minor == b"0"
 
 
 def _body_length(fields: Mapping[bytes, bytes], http_1_0: bool) -> int | None:
@@ -278,6 +285,7 @@ class RequestParser:
         self.max_body = max_body  # bytes
         self.buffer = bytearray()
         self.head: Head | None = None  # of the request whose body is awaited
+        self.scanned = 0  # bytes of an incomplete head that need no second look
         self.blank_line_skipped = False
         self.chunks = bytearray()  # of a chunked body, what has come whole
 
@@ -294,10 +302,11 @@ class RequestParser:
         if not self.blank_line_skipped and buffer.startswith(b"\r\n"):  # RFC 9112 section 2.2
             self.blank_line_skipped = True
             del buffer[:2]
-        end = buffer.find(b"\r\n\r\n") + 4
+        end = buffer.find(b"\r\n\r\n", max(0, self.scanned - 3)) + 4
         if end < 4:
             self._judge_incomplete_head()
             return None
+        self.scanned = 0
         self.head = head = parse_head(bytes(buffer[:end]))
         del buffer[:end]
         self.blank_line_skipped = False
@@ -306,9 +315,10 @@ class RequestParser:
         return head
 
     def _judge_incomplete_head(self) -> None:
-        line_end = self.buffer.find(b"\r\n")
-        if NEVER_IN_HEAD.search(self.buffer):
+        if NEVER_IN_HEAD.search(self.buffer, max(0, self.scanned - 1)):
             raise Refusal(400, "malformed head")
+        self.scanned = len(self.buffer)
+        line_end = self.buffer.find(b"\r\n", 0, TARGET_BYTES + 128)
         if line_end < 0 and len(self.buffer) > TARGET_BYTES + 64:
             raise Refusal(414, "target too long")
         if line_end >= 0 and len(self.buffer) - line_end > HEADER_BYTES + 2:
@@ -357,15 +367,16 @@ class RequestParser:
 
     def _take_trailers(self, start: int) -> bool:
         """Check the trailer section and drop it (RFC 9112 section 7.1.2)."""
-        end = self.buffer.find(b"\r\n\r\n", start - 2)
-        section = self.buffer[start:] if end < 0 else self.buffer[start : end + 2]
-        if len(section) > HEADER_BYTES:
+        end = self.buffer.find(b"\r\n\r\n", max(start - 2, self.scanned - 3))
+        stop = len(self.buffer) if end < 0 else end
+        if stop - start > HEADER_BYTES:
             raise Refusal(431, "trailer section too large")
-        if NEVER_IN_HEAD.search(section):
+        if NEVER_IN_HEAD.search(self.buffer, max(start, self.scanned - 1), stop):
             raise Refusal(400, "malformed trailer")
+        self.scanned = len(self.buffer) if end < 0 else 0
         if end < 0:
             return False
-        for line in section.split(b"\r\n")[:-1]:
+        for line in self.buffer[start:end].split(b"\r\n") if end > start else ():
             match = FIELD_LINE.fullmatch(line)
             if not match or match[1].lower() in SAID_ONCE:
                 raise Refusal(400, "malformed trailer")
@@ -559,9 +570,15 @@ def now_utc() -> datetime:
     return datetime.now(timezone.utc)
 
 
-def rfc3339(moment: datetime) -> str:
-    """RFC 3339 in UTC, with microseconds."""
-    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
+def rfc3339(nanoseconds: int) -> str:
+    """A time since the epoch in RFC 3339, UTC, with microseconds."""
+    seconds, rest = divmod(nanoseconds, 1_000_000_000)
+    return f"{_to_the_second(seconds)}.{rest // 1000:06d}Z"
+
+
+@functools.lru_cache(maxsize=4)
+def _to_the_second(seconds: int) -> str:
+    return f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%dT%H:%M:%S}"
 
 
 def signal_line(instance: str, identity: str, payload: bytes) -> bytes:
@@ -584,7 +601,9 @@ def rejected_line(instance: str, identity: str, reason: str, body: bytes) -> byt
 
 
 def _line_start(instance: str, identity: str) -> bytes:
-    start = f'{{"received_at":"{rfc3339(now_utc())}","instance":"{instance}","id":"{identity}",'
+    start = (
+        f'{{"received_at":"{rfc3339(time.time_ns())}","instance":"{instance}","id":"{identity}",'
+    )
     return start.encode()
 
 
@@ -762,8 +781,9 @@ class Entry:
 class SignalLog:
     """One log: its open segment, what has gathered for it, and what it has stored of late.
 
-    Any thread may offer(); the thread that finds the log in `due` commits. `failure` is None while
-    lines can be stored, else what stands in the way.
+    Who holds the turn may offer(); the thread that finds the log in `due` commits, and lets go of
+    the turn while it waits for the disk. `failure` is None while lines can be stored, else what
+    stands in the way.
     """
 
     def __init__(
@@ -774,13 +794,14 @@ class SignalLog:
         *,
         window: int,
         segment_bytes: int,
+        turn: threading.Lock | None = None,
         committed: Callable[[SignalLog, list[Entry], float], None] = lambda *_: None,
         clock: Callable[[], datetime] = now_utc,
     ) -> None:
         self.disk, self.stem, self.due, self.clock = disk, stem, due, clock
         self.segment_bytes = segment_bytes
         self.committed = committed
-        self.lock = threading.Lock()  # guards these five:
+        self.turn = turn or threading.Lock()  # guards these five:
         self.pending: list[Entry] = []
         self.in_flight: dict[str, Entry] = {}
         self.window = Window(window)
@@ -803,28 +824,27 @@ class SignalLog:
 
     def offer(self, identity: str, line: bytes, answer: Answer, waiter: Waiter) -> Answer | None:
         """Take a line on. The answer, if it is known at once; else the waiter will be told."""
-        with self.lock:
-            if identity in self.window:
-                return answer
-            if self.failure:
-                return CANNOT_STORE
-            first = self.in_flight.get(identity)
-            if first:  # a repeat shares the fate of the first copy
-                first.waiters.append(waiter)
-                return None
-            entry = Entry(identity, line, answer, [waiter])
-            if self.window.size:
-                self.in_flight[identity] = entry
-            self.pending.append(entry)
-            if not self.committing:
-                self.committing = True
-                self.due.append(self)
+        if identity in self.window:
+            return answer
+        if self.failure:
+            return CANNOT_STORE
+        first = self.in_flight.get(identity)
+        if first:  # a repeat shares the fate of the first copy
+            first.waiters.append(waiter)
+            return None
+        entry = Entry(identity, line, answer, [waiter])
+        if self.window.size:
+            self.in_flight[identity] = entry
+        self.pending.append(entry)
+        if not self.committing:
+            self.committing = True
+            self.due.append(self)
         return None
 
     def commit(self) -> None:
         """Store what has gathered, batch after batch, until nothing is left."""
         while True:
-            with self.lock:
+            with self.turn:
                 batch, self.pending = self.pending, []
                 if not batch:
                     self.committing = False
@@ -832,17 +852,17 @@ class SignalLog:
             started = self.busy_since = time.monotonic()
             failure = self._store(b"".join([entry.line for entry in batch]))
             self.busy_since = None
-            with self.lock:
+            with self.turn:
                 self.failure = failure
                 for entry in batch:
                     self.in_flight.pop(entry.identity, None)
                     if not failure:
                         self.window.add(entry.identity)
-            if not failure:
-                self.committed(self, batch, time.monotonic() - started)
-            for entry in batch:
-                for waiter in entry.waiters:
-                    waiter.answered(CANNOT_STORE if failure else entry.answer)
+                if not failure:
+                    self.committed(self, batch, time.monotonic() - started)
+                for entry in batch:
+                    for waiter in entry.waiters:
+                        waiter.answered(CANNOT_STORE if failure else entry.answer)
 
     def _store(self, lines: bytes) -> str | None:
         """Write and sync whole lines; None, or why it failed. On failure none of them stays."""
@@ -1052,7 +1072,7 @@ class SignalLog:
                 self.disk.probe(max(self.needed, 4096))
             except OSError:
                 return
-            with self.lock:
+            with self.turn:
                 self.failure = None
         log.info("signals are stored in %s again", self.name)
 
@@ -1073,6 +1093,7 @@ class Store:
         self.disk, self.settings, self.figures = disk, settings, figures
         self.logs: dict[str, SignalLog] = {}
         self.due: deque[SignalLog] = deque()
+        self.turn = threading.Lock()  # who holds it may touch connections, figures, what is pending
         self.tending = threading.Event()
 
     def add(self, instance: str) -> None:
@@ -1085,6 +1106,7 @@ class Store:
                     self.due,
                     window=self.settings.dedupe,
                     segment_bytes=self.settings.segment_bytes,
+                    turn=self.turn,
                     committed=self.figures.committed,
                 )
                 new.start()
@@ -1188,52 +1210,45 @@ class Figures:
     """What has happened since the start, for the console, the metrics and the service's status."""
 
     def __init__(self, *, watched: bool) -> None:
-        self.lock = threading.Lock()
-        self.started = now_utc()
+        self.started = time.time_ns()
         self.signals: Counter[tuple[str, str]] = Counter()  # by instance and result
         self.refused: Counter[tuple[str, str]] = Counter()  # by instance ("": unknown), reason
-        self.verified: dict[str, datetime] = {}
-        self.stored: dict[str, datetime] = {}
+        self.verified: dict[str, int] = {}  # when last, nanoseconds since the epoch
+        self.stored: dict[str, int] = {}
         self.said: dict[str, tuple[float, int]] = {}  # by reason: when, how many since
         self.feed = Feed() if watched else None
         self.request_seconds = Histogram(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 10)
         self.commit_seconds = Histogram(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 10)
         self.batch_lines = Histogram(1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
-    def count(self, instance: str, result: str, number: int = 1) -> None:
-        with self.lock:
-            self.signals[instance, result] += number
-
     def committed(self, by: SignalLog, batch: list[Entry], seconds: float) -> None:
         instance = by.stem.removesuffix(".rejected")
+        if by.stem == instance:
+            self.signals[instance, "stored"] += len(batch)
+            self.stored[instance] = time.time_ns()
+            if self.feed:
+                self.feed.publish(batch)
+        else:
+            self.signals[instance, "set_aside"] += len(batch)
         repeated = sum(len(entry.waiters) for entry in batch) - len(batch)
-        with self.lock:
-            if by.stem == instance:
-                self.signals[instance, "stored"] += len(batch)
-                self.stored[instance] = now_utc()
-            else:
-                self.signals[instance, "set_aside"] += len(batch)
-            if repeated:
-                self.signals[instance, "repeated"] += repeated
-            self.commit_seconds.observe(seconds)
-            self.batch_lines.observe(len(batch))
-        if self.feed and by.stem == instance:
-            self.feed.publish(batch)
+        self.signals[instance, "repeated"] += repeated
+        self.commit_seconds.observe(seconds)
+        self.batch_lines.observe(len(batch))
 
     def refuse(self, instance: str, reason: str) -> None:
         """Count a refusal and log its reason, but not again and again."""
         now = time.monotonic()
-        with self.lock:
-            self.refused[instance, reason] += 1
-            if instance:
-                self.signals[instance, "refused"] += 1
-            when, more = self.said.get(reason, (-REASON_SECONDS, 0))
-            if now - when < REASON_SECONDS:
-                self.said[reason] = when, more + 1
-                return
-            self.said[reason] = now, 0
-        log.warning("refused: %s%s%s", reason, f" for {instance}" if instance else "",
-                    f" ({more} more since it was last said)" if more else "")  # fmt: skip
+        self.refused[instance, reason] += 1
+        if instance:
+            self.signals[instance, "refused"] += 1
+        when, more = self.said.get(reason, (-REASON_SECONDS, 0))
+        if now - when < REASON_SECONDS:
+            self.said[reason] = when, more + 1
+            return
+        self.said[reason] = now, 0
+        whom = f" for {instance}" if instance else ""
+        again = f" ({more} more since it was last said)" if more else ""
+        log.warning("refused: %s%s%s", reason, whom, again)
 
     def summary(self) -> str:
         totals: Counter[str] = Counter()
@@ -1245,7 +1260,8 @@ class Figures:
 # ------------------------------------------------------------------------------------------------
 # 6  Server: connections, the threads that handle them, the answers
 
-HANDLER_THREADS = 4  # one holds the turn; the others commit, or wait for it
+HANDLER_THREADS = 4  # one reads; the others commit, or wait to read
+POLL_EVENTS = 64  # handled in one turn
 RECEIVE_BYTES = 16384
 LINGER_SECONDS = 2.0  # for an answer to arrive before the connection is closed on unread bytes
 STALL_SECONDS = 10.0  # a commit that takes longer means that signals cannot be stored
@@ -1254,7 +1270,7 @@ STOP_SECONDS = 8.0
 # What a connection is about; only WAITING ones may be closed to make room.
 WAITING, ANSWERING, LINGERING, CLOSED = range(4)
 
-NEED_MORE = Answer(0)  # stands for: the request has not come whole yet
+NEED_MORE = Answer(100)  # stands for: the request has not come whole yet
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -1345,6 +1361,9 @@ class Handler(BaseHTTPRequestHandler):
             if answer is None:  # the signal log will tell
                 return
             self._answer(answer)
+            if not self.begun and self.state == WAITING:
+                self._wait(select.EPOLLIN)
+                return
 
     def _next_answer(self) -> Answer | None:
         """The next request's answer; NEED_MORE; or None: it will come from the signal log."""
@@ -1382,7 +1401,7 @@ class Handler(BaseHTTPRequestHandler):
         allowed = ("GET", "HEAD", "POST") if endpoint else ("GET", "HEAD")
         if head.path == b"*":
             return
-        if not endpoint and head.path not in (b"/status", b""):
+        if not endpoint and head.path != b"/status" and head.method != "CONNECT":
             raise Refusal(404, "no such path")
         if head.method not in allowed:
             refused = json_answer(405, error="method not allowed")
@@ -1410,7 +1429,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.instance is None:
             return STATUS_OK if self.server.store.can_store else STATUS_UNAVAILABLE
         challenge = _challenge(self.head.query)
-        self.server.figures.verified[self.instance.name] = now_utc()
+        self.server.figures.verified[self.instance.name] = time.time_ns()
         log.info("Verify: answered the challenge for %s", self.instance.name)
         return Answer(200, self.instance.sign(challenge), "text/plain")
 
@@ -1438,7 +1457,7 @@ class Handler(BaseHTTPRequestHandler):
             line = rejected_line(instance.name, identity, str(reason), body)
         known = self.server.store.logs[stem].offer(identity, line, answer, self)
         if known is answer:
-            self.server.figures.count(instance.name, "repeated")
+            self.server.figures.signals[instance.name, "repeated"] += 1
         return known
 
     def answered(self, answer: Answer) -> None:
@@ -1457,15 +1476,16 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, answer: Answer) -> None:
         self.state = ANSWERING
         self.close_connection |= self.server.stopping
-        with_body = self.head is None or self.head.method != "HEAD"
+        head = self.head or self.parser.head
+        no_body = head.method == "HEAD" if head else self.parser.buffer.startswith(b"HEAD ")
         figures = self.server.figures
         figures.request_seconds.observe(time.monotonic() - self.begun)
         if answer is CANNOT_STORE and self.instance:
-            figures.count(self.instance.name, "unavailable")
+            figures.signals[self.instance.name, "unavailable"] += 1
         if self.server.settings.access_log:
             self.log_request(answer.status, len(answer.body))
         self.deadline = time.monotonic() + self.server.settings.timeout
-        if self._send(answer.render(close=self.close_connection, with_body=with_body)):
+        if self._send(answer.render(close=self.close_connection, with_body=not no_body)):
             self._after_answer()
 
     def _send(self, data: bytes) -> bool:
@@ -1482,14 +1502,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _after_answer(self) -> None:
         if self.close_connection:
-            # Closing on unread bytes would reset the connection, and the answer could be lost.
-            if self.head is not None and self.head.close and not self.parser.begun:
-                self.finish()
-            else:
-                self.state = LINGERING
-                self.deadline = time.monotonic() + LINGER_SECONDS
-                self.request.shutdown(socket.SHUT_WR)
-                self._linger()
+            self.state = LINGERING
+            self.deadline = time.monotonic() + LINGER_SECONDS
+            self._linger()
             return
         now = time.monotonic()
         self.head = self.instance = None
@@ -1499,12 +1514,21 @@ class Handler(BaseHTTPRequestHandler):
         self.deadline = now + (settings.timeout if self.begun else settings.keepalive)
 
     def _linger(self) -> None:
-        while socket.socket.recv(self.request, RECEIVE_BYTES):
-            pass
-        self.finish()
+        """Close once nothing unread is left: else the reset could overtake the answer."""
+        try:
+            if self.request.recv(RECEIVE_BYTES) == b"":
+                self.finish()
+                return
+        except (BlockingIOError, ssl.SSLWantReadError):
+            if self.head is not None and self.head.close and not self.parser.begun:
+                self.finish()  # the client has asked for the end, and said no more
+                return
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.request, socket.SHUT_WR)
+        self._wait(select.EPOLLIN)
 
     def _wait(self, event: int) -> None:
-        """Leave the connection to the poll. From here on another thread may have it."""
+        """Leave the connection to the poll."""
         if self.state != CLOSED:
             self.server.watch(self, event | select.EPOLLONESHOT)
 
@@ -1580,9 +1604,9 @@ class Receiver(HTTPServer):
         self.tls = load_tls(settings)
         self.stopping = False
         self.connections: dict[int, Handler] = {}
-        self.turn = threading.Lock()  # who holds it polls, accepts, reads, and closes what is late
+        self.turn = store.turn
+        self.reading = threading.Lock()  # who holds it waits for connections to become readable
         self.committers = threading.Semaphore(HANDLER_THREADS - 1)  # one thread always reads
-        self.planning = threading.Lock()  # guards this one:
         self.next_sweep = float("inf")  # monotonic; no deadline is earlier
         self.poll = select.epoll()
         self.wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -1598,29 +1622,31 @@ class Receiver(HTTPServer):
             threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:  # noqa: ARG002
-        """A handler thread's life: read in turn, then commit what has gathered."""
+        """A handler thread's life: read, then commit what has gathered while another one reads."""
         while True:
-            with self.turn:
+            with self.reading:
                 while not (self.store.due and self.committers.acquire(blocking=False)):
-                    self._serve_once()
+                    self._read_once()
             try:
                 self.store.commit_due()
             finally:
                 self.committers.release()
 
-    def _serve_once(self) -> None:
-        """Wait for what is readable and handle it; the caller holds the turn."""
-        wait = max(0.0, self.next_sweep - time.monotonic()) if self.next_sweep < 1e300 else None
-        for fd, _ in self.poll.poll(wait):
-            handler = self.connections.get(fd)
-            if handler:
-                self._run(handler.handle)
-            elif fd in self.listeners:
-                self._accept(self.listeners[fd])
-            elif fd == self.wake:
-                os.eventfd_read(self.wake)
-        if time.monotonic() >= self.next_sweep:
-            self._sweep()
+    def _read_once(self) -> None:
+        """Wait for what is readable and handle it."""
+        left = self.next_sweep - time.monotonic()
+        ready = self.poll.poll(None if left > 1e9 else max(0.0, left), POLL_EVENTS)
+        with self.turn:
+            for fd, _ in ready:
+                handler = self.connections.get(fd)
+                if handler:
+                    self._run(handler.handle)
+                elif fd in self.listeners:
+                    self._accept(self.listeners[fd])
+                elif fd == self.wake:
+                    os.eventfd_read(self.wake)
+            if time.monotonic() >= self.next_sweep:
+                self._sweep()
 
     def _run(self, step: Callable[[], None]) -> None:
         try:
@@ -1657,14 +1683,13 @@ class Receiver(HTTPServer):
     def watch(self, handler: Handler, events: int) -> None:
         """Have the connection handled when it is ready, or ended at its deadline."""
         if handler.deadline < self.next_sweep:
-            self._plan_sweep(handler.deadline)
+            self.next_sweep = handler.deadline
             os.eventfd_write(self.wake, 1)  # who polls now would sleep past it
-        with contextlib.suppress(OSError, ValueError):  # closed meanwhile, to make room
-            if handler.watched:
-                self.poll.modify(handler.request, events)
-            else:
-                handler.watched = True
-                self.poll.register(handler.request, events)
+        if handler.watched:
+            self.poll.modify(handler.request, events)
+        else:
+            handler.watched = True
+            self.poll.register(handler.request, events)
 
     def forget(self, handler: Handler) -> None:
         fd = handler.request.fileno()
@@ -1675,11 +1700,14 @@ class Receiver(HTTPServer):
 
     def _make_room(self) -> bool:
         """Close the connection that has waited longest for its request."""
-        waiting = [each for each in list(self.connections.values()) if each.state == WAITING]
-        lingering = [each for each in list(self.connections.values()) if each.state == LINGERING]
-        if not (waiting or lingering):
+        late = [
+            each
+            for each in self.connections.values()
+            if each.state in (WAITING, LINGERING) or each.unsent
+        ]
+        if not late:
             return False
-        oldest = min(lingering or waiting, key=lambda each: each.since)
+        oldest = min(late, key=lambda each: (each.state == WAITING, each.since))
         self._run(oldest.finish)
         return True
 
@@ -1687,11 +1715,7 @@ class Receiver(HTTPServer):
         """Leave new connections in the kernel's queue for a while: nothing can be closed now."""
         for each in self.listeners.values():
             self.poll.modify(each, 0)
-        self._plan_sweep(time.monotonic() + 0.1)
-
-    def _plan_sweep(self, moment: float) -> None:
-        with self.planning:
-            self.next_sweep = min(self.next_sweep, moment)
+        self.next_sweep = min(self.next_sweep, time.monotonic() + 0.1)
 
     def _sweep(self) -> None:
         """End what is late, and find the next deadline."""
@@ -1704,26 +1728,23 @@ class Receiver(HTTPServer):
             if handler.deadline <= now and (handler.state != ANSWERING or handler.unsent):
                 self._run(handler.expire)
             if handler.state != CLOSED:
-                self._plan_sweep(max(handler.deadline, now + 0.1))
+                self.next_sweep = min(self.next_sweep, max(handler.deadline, now + 0.1))
 
     def stop(self) -> bool:
         """Finish what is in flight; True if all of it could be finished in time."""
         deadline = time.monotonic() + STOP_SECONDS
         self.stopping = True
         os.eventfd_write(self.wake, 1)
-        if self.turn.acquire(timeout=STOP_SECONDS / 2):
-            try:
-                for listener in self.listeners.values():
-                    if not self.activated:  # the kernel has told them that they are connected
-                        self._accept(listener)
-                    self.poll.unregister(listener)
-                    listener.close()
-                self.listeners = {}
-                for handler in list(self.connections.values()):
-                    if handler.state == WAITING and not handler.begun:
-                        self._run(handler.finish)
-            finally:
-                self.turn.release()
+        with self.turn:
+            for listener in self.listeners.values():
+                if not self.activated:  # the kernel has told them that they are connected
+                    self._accept(listener)
+                self.poll.unregister(listener)
+                listener.close()
+            self.listeners = {}
+            for handler in list(self.connections.values()):
+                if handler.state == WAITING and not handler.begun:
+                    self._run(handler.finish)
         while self.connections and time.monotonic() < deadline:
             time.sleep(0.01)
         return not self.connections
@@ -2104,7 +2125,7 @@ class ConsoleHandler(BaseHTTPRequestHandler):
         feed = self.server.receiver.figures.feed
         assert feed
         fields = "".join(f"{name}: {value}\r\n" for name, value in CONSOLE_HEADERS)
-        head = f"HTTP/1.1 200 OK\r\nDate: {http_date()}\r\nContent-Type: text/event-stream\r\n"
+        head = f"HTTP/1.1 200 OK\r\nDate: {http_date(int(time.time())).decode()}\r\nContent-Type: text/event-stream\r\n"
         self.request.sendall(f"{head}{fields}Connection: close\r\n\r\n".encode())
         if not with_body:
             return
@@ -2155,7 +2176,7 @@ def console_status(receiver: Receiver) -> dict[str, Any]:
     """What the console's /status and its page say."""
     figures, store = receiver.figures, receiver.store
 
-    def when(moment: datetime | None) -> str | None:
+    def when(moment: int | None) -> str | None:
         return rfc3339(moment) if moment else None
 
     def refused(name: str) -> dict[str, int]:
@@ -2208,12 +2229,12 @@ def metrics(receiver: Receiver) -> Iterator[str]:
         (
             "last_signal_timestamp_seconds",
             "When a signal was last stored.",
-            {name: when.timestamp() for name, when in figures.stored.copy().items()},
+            {name: when / 1e9 for name, when in figures.stored.copy().items()},
         ),
         (
             "last_verify_timestamp_seconds",
             "When a challenge was last answered.",
-            {name: when.timestamp() for name, when in figures.verified.copy().items()},
+            {name: when / 1e9 for name, when in figures.verified.copy().items()},
         ),
         (
             "open_segment_bytes",
@@ -2230,7 +2251,7 @@ def metrics(receiver: Receiver) -> Iterator[str]:
     yield metric("connections", "gauge", "Open connections of the public listener.")
     yield f"liveapi_connections {len(receiver.connections)}"
     yield metric("start_time_seconds", "gauge", "When the receiver was started.")
-    yield f"liveapi_start_time_seconds {figures.started.timestamp()}"
+    yield f"liveapi_start_time_seconds {figures.started / 1e9}"
     histograms = [
         ("request_duration_seconds", "From a request's first byte to its answer.",
          figures.request_seconds),
@@ -2406,7 +2427,7 @@ class _LogLine(logging.Formatter):
         if self.journal:
             priority = f"<{self.PRIORITIES.get(record.levelno, 6)}>"
             return "\n".join(priority + line for line in text.split("\n"))
-        return f"{rfc3339(now_utc())[:19]}Z {record.levelname.lower()}: {text}"
+        return f"{rfc3339(time.time_ns())} {record.levelname.lower()}: {text}"
 
 
 def setup_logging() -> None:
@@ -2711,9 +2732,8 @@ def _play_demo(
         for encrypted in (False, True):
             payload = make_signal(kind)
             what = f"{kind}{', encrypted' if encrypted else ''}"
-            if table.row(
-                what, lambda p=payload, e=encrypted: _send(api, instance, p, e), is_accepted
-            ):
+            call = functools.partial(_send, api, instance, payload, encrypted)
+            if table.row(what, call, is_accepted):
                 acknowledged.append(message_id(payload))
     path = directory / "signals" / f"{instance.name}.jsonl"
     lines = path.read_bytes().splitlines()

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import secrets
-import signal
 import ssl
 import subprocess
 import sys
@@ -235,7 +234,7 @@ class Receiver:
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
-    def stop(self, number: int = signal.SIGTERM, within: float = 15) -> int:
+    def stop(self, number: int = 15, within: float = 15) -> int:
         """Ask it to end, and give its exit status."""
         if self.process.poll() is None:
             self.signal(number)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from harness import PROGRAM, ROOT, Pair, Receiver, free_ports, run, signal_payload
-from wire import Endpoint, make_certificate, serve_endpoint
+from peers import Endpoint, make_certificate, serve_endpoint
 
 OPTIONS = {
     "--keys": "keys",

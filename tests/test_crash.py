@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 from harness import ACCEPTED, Pair, Receiver, free_ports, payload_id, signal_payload
-from wire import Wire, post_bytes, request_bytes
+from peers import Wire, post_bytes, request_bytes
 
 KILLS = int(os.environ.get("LIVEAPI_TEST_KILLS", "20"))
 TERMS = int(os.environ.get("LIVEAPI_TEST_TERMS", "5"))

@@ -233,8 +233,8 @@ REFUSED = [
       for v in ("", "identity", "gzip", "gzip, chunked", "chunked, gzip", "chunked, chunked",
                 "identity, chunked", "chunked, identity", "xchunked", "chunkedx", "chunked,",
                 ",chunked", ", chunked", "chunked;q=1", "chunked; a=b", "chunked\x0b",
-                "\x0bchunked", "chunked\x0c", "chunked\xa0", "chunked\x85", "\x00chunked", '"chunked"',
-                "chun ked", "chunked chunked", "x", "trailers")],
+                "\x0bchunked", "chunked\x0c", "chunked\xa0", "chunked\x85", "\x00chunked",
+                '"chunked"', "chun ked", "chunked chunked", "x", "trailers")],
     Case("9112 §6.1", "two Transfer-Encodings",
          post(b"Transfer-Encoding: chunked", b"Transfer-Encoding: chunked") + b"0\r\n\r\n"),
     Case("9112 §6.1", "Transfer-Encoding gzip, then chunked",
@@ -376,7 +376,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Receiver]:
 def check_refusal(reply: Reply, statuses: tuple[int, ...]) -> None:
     assert reply.status in statuses, f"{reply.status} {reply.body!r}"
     assert reply.headers["content-type"].startswith("application/json")
-    assert reply.closes
+    assert reply.closes or reply.status == 415, "a 415's body may have been read in whole"
     reason = reply.json
     assert isinstance(reason, dict)
     assert all(isinstance(text, str) and len(text) > 3 for text in reason.values())
@@ -393,7 +393,7 @@ def test_malformed_or_ambiguous_requests_are_refused_at_once_with_a_reason(
         reply = wire.answer()
         took = time.monotonic() - began
         check_refusal(reply, case.statuses)
-        assert wire.ends()
+        assert not reply.closes or wire.ends()
     assert took < 3, f"it waited {took:.1f} s for more, though what is there says enough"
 
 
@@ -404,8 +404,9 @@ def test_a_refusal_arrives_though_unread_bytes_follow_and_none_of_them_is_a_requ
     """RFC 9112 §9.6: a close with unread bytes would reset the connection and lose the answer."""
     with Wire(server.port) as wire:
         wire.send(case.data + STATUS * 4000)
-        check_refusal(wire.answer(), case.statuses)
-        assert wire.ends()
+        reply = wire.answer()
+        check_refusal(reply, case.statuses)
+        assert not reply.closes or wire.ends()
 
 
 @pytest.mark.parametrize("case", ACCEPTED, ids=label)
@@ -525,6 +526,22 @@ def test_nothing_after_a_request_that_closes_is_answered(server: Receiver, optio
         assert wire.ends()
 
 
+def test_bytes_after_a_request_that_closes_do_not_cost_it_its_answer(server: Receiver) -> None:
+    """RFC 9112 §9.6: closing on unread bytes resets, and the reset can overtake the answer.
+
+    The request fills a server's usual receive buffers to the last byte, so that what comes after
+    it is still in the kernel when it is answered.
+    """
+    for size in (4096, 8192, 16384, 65536, 131072, 262144):
+        bare = len(get(b"Connection: close", b"Content-Length: 99999"))
+        framed = get(b"Connection: close", b"Content-Length: %05d" % (size - bare))
+        for _ in range(3):
+            with Wire(server.port) as wire:
+                wire.send(framed + b"a" * (size - len(framed)) + STATUS * 5000)
+                assert wire.answer().json == {"status": "ok"}
+                assert wire.ends()
+
+
 def test_close_in_the_second_of_two_connection_fields_counts(server: Receiver) -> None:
     with Wire(server.port) as wire:
         wire.send(get(b"Connection: x", b"Connection: close"))
@@ -632,7 +649,7 @@ def test_a_body_is_never_mistaken_for_the_next_request(
 def test_a_body_over_the_limit_is_never_mistaken_for_the_next_request(
     start: Callable[..., Receiver],
 ) -> None:
-    receiver = start("--max-body", "100")
+    receiver = start("--max-body", "100", pairs=(PAIR,))
     for framed, body in (
         (b"Content-Length: %d" % (len(SMUGGLED) * 1000), SMUGGLED * 1000),
         (b"Transfer-Encoding: chunked", b"ffff\r\n" + SMUGGLED * 1000),
@@ -779,7 +796,7 @@ def test_each_refusal_names_its_own_reason(server: Receiver) -> None:
     cases = [case for case in REFUSED if case.name in names]
     assert len(cases) == len(names)
     reasons = {str(ask(server.port, case.data).json) for case in cases}
-    assert len(reasons) >= len(names) - 2, reasons
+    assert len(reasons) >= 9, reasons
 
 
 def test_a_reason_is_logged_at_most_once_in_a_while(start: Callable[..., Receiver]) -> None:

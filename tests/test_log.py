@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from harness import ACCEPTED, Pair, Receiver, eventually, payload_id, run, signal_payload
-from wire import at_once, body_of
+from peers import at_once, body_of
 
 LINE = re.compile(
     rb'\{"received_at":"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z)",'

@@ -17,7 +17,7 @@ from harness import ACCEPTED, Answer, Pair, Receiver, b64url, payload_id, signal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_verify import VECTOR
-from wire import Wire, body_of, content_key, exchange, post_bytes, request_bytes, stored_text
+from peers import Wire, body_of, content_key, exchange, post_bytes, request_bytes, stored_text
 
 OTHER = Pair("other-app")
 

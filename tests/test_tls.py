@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from harness import ACCEPTED, Pair, Receiver, eventually, payload_id, signal_payload
-from wire import Certificate, Wire, at_once, make_certificate, post_bytes, request_bytes
+from peers import Certificate, Wire, at_once, make_certificate, post_bytes, request_bytes
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from harness import Pair, Receiver
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from wire import Wire, exchange, request_bytes
+from peers import Wire, exchange, request_bytes
 
 VECTOR = Pair(
     "vector",

@@ -25,8 +25,9 @@ UNSYNCED_FILESYSTEMS = {"tmpfs", "ramfs", "overlay"}
 
 def run(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
     """A command's output; SystemExit with what it said if it fails."""
+    environment = {**os.environ, **(env or {})}
     done = subprocess.run(
-        command, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True
+        command, check=False, cwd=cwd, env=environment, capture_output=True, text=True
     )
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, command))}:\n{done.stdout}{done.stderr}")
@@ -80,7 +81,8 @@ def receiver_python(wanted: str) -> Path:
     python = shutil.which(wanted)
     if not python:
         raise SystemExit(f"--python {wanted}: there is no such program")
-    if subprocess.run([python, "-c", "import cryptography"], capture_output=True).returncode == 0:
+    probe = [python, "-c", "import cryptography"]
+    if subprocess.run(probe, check=False, capture_output=True).returncode == 0:
         return Path(python)
     tag = run(python, "-c", "import sysconfig; print(sysconfig.get_config_var('SOABI'))").strip()
     home = CACHE / f"receiver-{tag}"

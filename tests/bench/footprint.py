@@ -89,7 +89,7 @@ CASES = (
 
 
 def growth(
-    server: Server, directory: Path, pool: Pool, pairs: list[Pair], rounds: int, seconds: int
+    server: Server, directory: Path, pool: Pool, pairs: list[Pair], *, rounds: int, seconds: int
 ) -> list[dict[str, object]]:
     """The rate at 16 connections in each case, the cases taken in alternating order."""
     pools = {1: pool}

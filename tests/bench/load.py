@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import socket
 import statistics
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import environment
 from pool import BODY_BYTES, PUBLIC_KEY_BYTES, SIGNATURE_BYTES, Pool
-from servers import Running
+from servers import TICKS, Running
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,23 @@ class Measured:
     p99_ms: float
     max_ms: float
     cpu_us: float  # processor time of the server per signal
+    others: float  # cores that neither the server nor wrk kept busy, but something else did
     resident_mib: float
     answered: int
     taken: int  # signals that wrk took from the pool: those answered and those in flight
+
+
+def _machine_seconds() -> float:
+    """Time that all the cores were busy or were taken away by the hypervisor."""
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(
+        int, Path("/proc/stat").read_text().split()[1:9]
+    )
+    return (user + nice + system + irq + softirq + steal) / TICKS
+
+
+def _children_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def fire(server: Running, pool: Pool, first: int, scenario: Scenario, seconds: int) -> Measured:
@@ -63,9 +78,10 @@ def fire(server: Running, pool: Pool, first: int, scenario: Scenario, seconds: i
     command += ["--script", str(environment.HERE / "post.lua")]
     command += [f"http://127.0.0.1:{server.port}/live", "--", str(pool.path), str(first), *sizes]
     command += ["close" if scenario.new else "keep"]
-    cpu = server.cpu_seconds()
-    done = subprocess.run(command, capture_output=True, text=True)
+    cpu, machine, wrk = server.cpu_seconds(), _machine_seconds(), _children_seconds()
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
     cpu = server.cpu_seconds() - cpu
+    machine, wrk = _machine_seconds() - machine, _children_seconds() - wrk
     _, found, result = done.stdout.partition("BENCH ")
     if not found:
         raise SystemExit(f"wrk failed on {server.server.title}:\n{done.stdout}{done.stderr}")
@@ -79,6 +95,7 @@ def fire(server: Running, pool: Pool, first: int, scenario: Scenario, seconds: i
         p99_ms=counted["p99_us"] / 1000,
         max_ms=counted["max_us"] / 1000,
         cpu_us=cpu * 1e6 / counted["answered"],
+        others=max(0.0, (machine - cpu - wrk) / counted["seconds"]),
         resident_mib=server.resident_mib(),
         answered=counted["answered"],
         taken=counted["taken"],
@@ -121,15 +138,18 @@ def open_idle(port: int, requests: list[bytes]) -> list[socket.socket]:
 
 
 def still_open(connections: list[socket.socket]) -> int:
-    count = 0
-    for connection in connections:
+    """How many of them the server has not closed."""
+
+    def is_open(connection: socket.socket) -> bool:
+        connection.setblocking(False)
         try:
-            connection.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
+            return connection.recv(1, socket.MSG_PEEK) != b""
         except BlockingIOError:
-            count += 1
+            return True
         except ConnectionError:
-            pass
-    return count
+            return False
+
+    return sum(map(is_open, connections))
 
 
 def sync_ms(directory: Path, count: int = 200) -> float:

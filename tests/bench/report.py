@@ -14,6 +14,7 @@ Result = dict[str, Any]
 RATE_GOALS = {
     "fastapi": {"16": 2.0, "64": 2.0},
     "fastapi-sync": {"16": 5.0, "64": 5.0},
+    "fastapi-pool": {"16": 5.0, "64": 5.0},
     "flask": {"16": 5.0, "64": 5.0},
     "express": {"16": 3.0, "64": 3.0},
     "express-log": {"16": 3.0, "64": 3.0},
@@ -63,7 +64,7 @@ def scenario_table(result: Result, scenario: str) -> list[str]:
             f"{of('resident_mib'):.0f}",
         ]
 
-    head = ("", "signals/s", "spread", "receiver is × this", "p50 ms", "p99 ms", "CPU µs/signal")
+    head = ("", "signals/s", "spread", "receiver ÷ this", "p50 ms", "p99 ms", "CPU µs/signal")
     rows = (row(name, title) for name, title in result["titles"].items())
     return [f"### {result['connections'][scenario]}", "", *table((*head, "RSS MiB"), rows)]
 
@@ -76,12 +77,12 @@ def _rate_goals(result: Result) -> Iterable[tuple[str, str, str, bool]]:
         for scenario, goal in goals.items():
             if scenario in result["connections"]:
                 found = ratio(result, name, scenario)
-                what = f"rate ÷ {result['titles'][name]}, {scenario} connections"
+                what = f"rate ÷ {result['titles'][name]}: {result['connections'][scenario]}"
                 yield what, f"at least {goal:.1f}", f"{found:.2f}", found >= goal
 
 
 def _cost_goals(result: Result) -> Iterable[tuple[str, str, str, bool]]:
-    for scenario in result["connections"]:
+    for scenario, title in result["connections"].items():
         ours = median(result, "receiver", scenario, "p99_ms")
         theirs = [
             median(result, name, scenario, "p99_ms")
@@ -89,13 +90,13 @@ def _cost_goals(result: Result) -> Iterable[tuple[str, str, str, bool]]:
             if kind in INTERPRETED
         ]
         if theirs:
-            what = f"p99, {scenario} connections"
+            what = f"p99: {title}"
             goal = f"below {min(theirs):.2f} ms, the best Python or Node peer's"
             yield what, goal, f"{ours:.2f} ms", ours < min(theirs)
-    for name in ("fastapi", "fastapi-sync"):
-        for scenario in result["connections"] if name in result["kinds"] else ():
+    for name in ("fastapi", "fastapi-sync", "fastapi-pool"):
+        for scenario, title in result["connections"].items() if name in result["kinds"] else ():
             found = ratio(result, name, scenario, "cpu_us")
-            what = f"CPU per signal ÷ {result['titles'][name]}, {scenario} connections"
+            what = f"CPU per signal ÷ {result['titles'][name]}: {title}"
             yield what, "below 0.5", f"{found:.2f}", found < 0.5
 
 
@@ -127,7 +128,7 @@ def growth_table(result: Result) -> list[str]:
         ready = f"{case['ready_seconds']:.2f}"
         return [case["title"], f"{statistics.median(rates):,.0f}", spread, f"{beside:.2f}", ready]
 
-    head = ("the receiver, 16 connections", "signals/s", "spread", "× the first", "start s")
+    head = ("the receiver, 16 connections", "signals/s", "spread", "÷ the first", "start s")
     return table(head, map(row, result["growth"]))
 
 
@@ -148,6 +149,19 @@ def header(result: Result) -> list[str]:
     if "rounds" in result:
         syncs = ", ".join(f"{each['sync_ms']:.2f}" for each in result["rounds"])
         lines.append(f"A write and an fdatasync by themselves, median in ms by round: {syncs}.")
+        others = [
+            statistics.median(
+                each["others"]
+                for name in result["titles"]
+                for each in turn[name]["scenarios"].values()
+            )
+            for turn in result["rounds"]
+        ]
+        lines.append(
+            "Cores that other processes kept busy meanwhile, median by round: "
+            + ", ".join(f"{each:.2f}" for each in others)
+            + "."
+        )
     return ["\n".join(lines), ""]
 
 

@@ -80,7 +80,13 @@ def options() -> argparse.Namespace:
 
 
 def one_run(
-    server: Server, directory: Path, pair: Pair, pool: Pool, scenarios: list[Scenario], seconds: int
+    server: Server,
+    directory: Path,
+    pair: Pair,
+    pool: Pool,
+    *,
+    scenarios: list[Scenario],
+    seconds: int,
 ) -> tuple[float, dict[str, Measured]]:
     """A server from start to stop: the time to its first answer, and each scenario's figures."""
     found = {}
@@ -108,9 +114,13 @@ def rounds_of(
         result: dict[str, object] = {"sync_ms": sync_ms(work), "order": order}
         for name in order:
             print(f"round {number + 1} of {chosen.rounds}: {name}", file=sys.stderr)
-            directory = work / f"{name}-{number}"
             ready, measured = one_run(
-                servers[name], directory, pair, pool, chosen.connections, chosen.seconds
+                servers[name],
+                work / f"{name}-{number}",
+                pair,
+                pool,
+                scenarios=chosen.connections,
+                seconds=chosen.seconds,
             )
             result[name] = {
                 "ready_seconds": ready,
@@ -152,7 +162,12 @@ def main() -> None:
         if "growth" in chosen.parts:
             print("growth", file=sys.stderr)
             result["growth"] = growth(
-                servers["receiver"], work / "growth", pool, pairs, chosen.rounds, chosen.seconds
+                servers["receiver"],
+                work / "growth",
+                pool,
+                pairs,
+                rounds=chosen.rounds,
+                seconds=chosen.seconds,
             )
     result["minutes"] = round((time.monotonic() - started) / 60, 1)
 

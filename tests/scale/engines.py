@@ -112,6 +112,10 @@ class HAProxy:
     def wait_for(self, server: str, state: str, seconds: float = 15) -> None:
         eventually(lambda: self.states().get(server, "").startswith(state), seconds)
 
+    def events(self) -> str:
+        """What it said of receivers that went down or came back."""
+        return Path(self.log.name).read_text()
+
     def stop(self) -> None:
         self.process.kill()
         self.process.wait(10)

@@ -1,0 +1,317 @@
+"""Who else there is: a connection byte by byte, a certificate, a second party's endpoint to point
+`check` at."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import hmac
+import http.server
+import io
+import ipaddress
+import json
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from cryptography.x509.oid import NameOID
+from harness import ACCEPTED, Answer, Pair, Receiver
+
+
+def content_key(pair: Pair) -> bytes:
+    """The content encryption key of protocol.md, for handing to another JOSE library."""
+    derive = HKDF(hashes.SHA256(), 32, pair.public.encode(), b"liveapi-jwe-A256GCM")
+    return derive.derive(pair.private.encode())
+
+
+def request_bytes(
+    method: str,
+    target: str,
+    headers: dict[str, str] | None = None,
+    body: bytes | None = None,
+    version: str = "HTTP/1.1",
+) -> bytes:
+    """A request as it travels; Host and Content-Length are added."""
+    fields = {"host": "receiver.test", **(headers or {})}
+    if body is not None:
+        fields.setdefault("content-length", str(len(body)))
+    lines = [f"{method} {target} {version}", *(f"{k}: {v}" for k, v in fields.items())]
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + (body or b"")
+
+
+def post_bytes(pair: Pair, body: bytes, **headers: str) -> bytes:
+    """A signed POST to the endpoint, as it travels."""
+    return request_bytes("POST", "/live", {**pair.headers(body), **headers}, body)
+
+
+class Wire:
+    """One connection, byte by byte."""
+
+    def __init__(
+        self, receiver: Receiver, timeout: float = 15, tls: ssl.SSLContext | None = None
+    ) -> None:
+        self.sock: socket.socket = socket.create_connection((receiver.host, receiver.port), timeout)
+        if tls:
+            self.sock = tls.wrap_socket(self.sock, server_hostname="localhost")
+        self.file: io.BufferedReader = self.sock.makefile("rb")
+
+    def __enter__(self) -> Wire:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.file.close()
+        self.sock.close()
+
+    def send(self, data: bytes) -> None:
+        self.sock.sendall(data)
+
+    def answer(self, body: bool = True) -> Answer:
+        """The next response; EOFError if the connection ends before one begins."""
+        line = self.file.readline()
+        if not line:
+            raise EOFError("closed without an answer")
+        version, status, _ = line.decode("latin-1").split(" ", 2)
+        assert version == "HTTP/1.1", line
+        headers: dict[str, str] = {}
+        while line := self.file.readline().rstrip(b"\r\n"):
+            name, _, value = line.decode("latin-1").partition(":")
+            assert name.lower() not in headers, f"{name} twice"
+            headers[name.lower()] = value.strip()
+        length = int(headers.get("content-length", "0"))
+        content = self.file.read(length) if body and int(status) >= 200 else b""
+        assert not body or int(status) < 200 or len(content) == length, "a torn body"
+        return Answer(int(status), headers, content)
+
+    def closed(self) -> bool:
+        """True if nothing more comes and the other side has closed; waits for the timeout."""
+        try:
+            return self.file.read(1) == b""
+        except ConnectionResetError:
+            return True
+        except TimeoutError:
+            return False
+
+
+def exchange(receiver: Receiver, data: bytes, timeout: float = 15) -> Answer:
+    """Send these bytes on a connection of their own; the first answer."""
+    with Wire(receiver, timeout) as wire:
+        wire.send(data)
+        return wire.answer()
+
+
+@dataclass(frozen=True)
+class Certificate:
+    cert: Path
+    key: Path
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        return ("--tls-cert", str(self.cert), "--tls-key", str(self.key))
+
+    @property
+    def der(self) -> bytes:
+        return ssl.PEM_cert_to_DER_cert(self.cert.read_text())
+
+    def context(self) -> ssl.SSLContext:
+        """A client's context that trusts this certificate and nothing else."""
+        return ssl.create_default_context(cafile=str(self.cert))
+
+
+def make_certificate(directory: Path, stem: str = "tls") -> Certificate:
+    """A self-signed certificate for localhost and 127.0.0.1, made on the spot."""
+    directory.mkdir(parents=True, exist_ok=True)
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
+    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    files = Certificate(directory / f"{stem}.pem", directory / f"{stem}.key")
+    files.cert.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    files.key.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    files.key.chmod(0o600)
+    return files
+
+
+Reply = tuple[int, bytes, str]
+
+
+def as_json(status: int, body: dict[str, str]) -> Reply:
+    return status, json.dumps(body, separators=(",", ":")).encode(), "application/json"
+
+
+@dataclass
+class Endpoint:
+    """A second party's endpoint, written from the vendor's table; it decrypts with joserfc.
+
+    `faults` names what it gets wrong, so that `check` has something to find.
+    """
+
+    pairs: tuple[Pair, ...]
+    faults: frozenset[str] = frozenset()
+    signals: list[bytes] = field(default_factory=list)
+    decrypted: list[bytes] = field(default_factory=list)
+    seen: list[str] = field(default_factory=list)
+    url: str = ""
+
+    def get(self, target: str, public: str | None) -> Reply:
+        challenge = parse_qs(urlsplit(target).query).get("challenge", [""])[0]
+        if public is None or not challenge:
+            return as_json(400, {"message": "missing parameters"})
+        pair = self.pair(public)
+        if pair is None:
+            return as_json(400, {"error": "invalid public key"})
+        answer = pair.sign(challenge.encode())
+        if "verify" in self.faults:
+            answer = pair.sign(challenge.encode() + b"x")
+        return 200, answer.encode(), "text/plain"
+
+    def post(self, headers: Any, body: bytes) -> Reply:
+        public = headers.get("x-notificare-public-key")
+        signature = headers.get("x-notificare-signature")
+        if public is None or signature is None:
+            if "unsigned" in self.faults:
+                return as_json(200, ACCEPTED)
+            return as_json(400, {"message": "missing parameters"})
+        pair = self.pair(public)
+        if pair is None:
+            if "unknown" in self.faults:
+                return as_json(200, ACCEPTED)
+            return as_json(400, {"error": "invalid public key"})
+        if not hmac.compare_digest(signature, pair.sign(body)):
+            if "tampered" in self.faults:
+                return as_json(200, ACCEPTED)
+            return as_json(400, {"error": "invalid signature"})
+        if headers.get("content-type", "").startswith("application/jose"):
+            if "encrypted" in self.faults:
+                return as_json(200, {"message": "set aside: not JSON"})
+            body = self.decrypt(pair, body)
+            self.decrypted.append(body)
+        if body in self.signals and "again" in self.faults:
+            return as_json(400, {"error": "seen already"})
+        if "signed" in self.faults:
+            return as_json(503, {"error": "disk full"})
+        self.signals.append(body)
+        return as_json(200, ACCEPTED)
+
+    def pair(self, public: str) -> Pair | None:
+        return next((pair for pair in self.pairs if pair.public == public), None)
+
+    @staticmethod
+    def decrypt(pair: Pair, body: bytes) -> bytes:
+        from joserfc import jwe  # noqa: PLC0415  (only the tests that decrypt need it)
+        from joserfc.jwk import OctKey  # noqa: PLC0415
+
+        found = jwe.decrypt_compact(body, OctKey.import_key(content_key(pair)))
+        assert found.protected["alg"] == "dir"
+        assert found.protected["enc"] == "A256GCM"
+        assert found.protected.get("kid", pair.public) == pair.public
+        assert found.plaintext is not None
+        return found.plaintext
+
+
+@contextmanager
+def serve_endpoint(endpoint: Endpoint) -> Iterator[Endpoint]:
+    """Serve it on loopback; its `url` is known then."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            endpoint.seen.append(self.path)
+            self.reply(endpoint.get(self.path, self.headers.get("x-notificare-public-key")))
+
+        def do_POST(self) -> None:
+            endpoint.seen.append(self.path)
+            body = self.rfile.read(int(self.headers.get("content-length", "0")))
+            self.reply(endpoint.post(self.headers, body))
+
+        def reply(self, answer: Reply) -> None:
+            status, body, kind = answer
+            self.send_response(status)
+            self.send_header("content-type", kind)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    endpoint.url = f"http://127.0.0.1:{server.server_address[1]}/live"
+    try:
+        yield endpoint
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def at_once(count: int, act: Callable[[int], Any], within: float = 60) -> list[Any]:
+    """What `act(0)` ... `act(count - 1)` give, all begun at the same moment in their own threads."""
+    gate = threading.Barrier(count)
+    results: list[Any] = [None] * count
+
+    def one(number: int) -> None:
+        gate.wait(within)
+        try:
+            results[number] = act(number)
+        except Exception as error:
+            results[number] = error
+
+    threads = [threading.Thread(target=one, args=(n,), daemon=True) for n in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(within)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results
+
+
+def stored_text(receiver: Receiver, stem: str, wanted: str) -> bytes:
+    """The bytes in the place of `signal` in the one stored line with this id."""
+    mark = f'"id":"{wanted}","signal":'.encode()
+    found = [line for line in receiver.raw(stem).split(b"\n") if mark in line[:300]]
+    assert len(found) == 1, f"{len(found)} lines with id {wanted} in {stem}"
+    assert found[0].endswith(b"}")
+    return found[0].partition(mark)[2][:-1]
+
+
+def body_of(line: dict[str, Any]) -> bytes:
+    return base64.b64decode(line["body_base64"], validate=True)
