@@ -60,7 +60,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
@@ -68,10 +68,15 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import parse_qsl, quote, urlsplit
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+try:
+    from cryptography.exceptions import InvalidTag
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+except ImportError as error:
+    print(f"liveapi_server: {error}: install it (apt install python3-cryptography, or"
+          " pip install cryptography)", file=sys.stderr)  # fmt: skip
+    raise SystemExit(2) from None
 
 __version__ = "0.1.0"
 
@@ -118,9 +123,8 @@ CHUNK_LINE = re.compile(  # RFC 9112 section 7.1; white space in an extension is
 # bytes (a TLS hello, say), a line feed without its carriage return, and the reverse.
 NEVER_IN_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n|\Z)")
 # Fields that say one thing; said twice they could be read in two ways.
-SAID_ONCE = frozenset(
+SAID_ONCE = {PUBLIC_KEY, SIGNATURE} | set(
     b"host content-length transfer-encoding content-type content-encoding expect".split()
-    + [PUBLIC_KEY, SIGNATURE]
 )
 
 
@@ -497,7 +501,11 @@ def load_instances(directory: Path) -> dict[bytes, Instance]:
             if kind not in pair:
                 (other,) = pair.values()
                 raise OperatorError(f"{other} has no {name}.{kind} beside it: copy both keys")
-        instance = Instance(name, _read_key(pair["public"]), _read_key(pair["private"]))
+        instance = Instance(
+            name,
+            _read_key(pair["public"], rb"[!-~]+"),
+            _read_key(pair["private"], rb"[^\x00-\x1f\x7f]+"),
+        )
         twin = instances.setdefault(instance.public_key, instance)
         if twin is not instance:
             raise OperatorError(f"{pair['public']} holds the same public key as {twin.name}.public")
@@ -511,14 +519,14 @@ def load_instances(directory: Path) -> dict[bytes, Instance]:
     return instances
 
 
-def _read_key(path: Path) -> bytes:
+def _read_key(path: Path, form: bytes) -> bytes:
     try:
         key = path.read_bytes().strip()
     except OSError as error:
         raise OperatorError(f"cannot read the key {path}: {error.strerror}") from None
     if not key:
         raise OperatorError(f"{path} is empty: copy the key from the Dashboard into it")
-    if not re.fullmatch(rb"[!-~]+", key):
+    if not re.fullmatch(form, key):
         raise OperatorError(f"{path} does not hold one key: copy it again from the Dashboard")
     return key
 
@@ -567,7 +575,7 @@ def message_id(data: bytes) -> str:
 
 
 def now_utc() -> datetime:
-    return datetime.now(timezone.utc)
+    return datetime.now(UTC)
 
 
 def rfc3339(nanoseconds: int) -> str:
@@ -578,7 +586,7 @@ def rfc3339(nanoseconds: int) -> str:
 
 @functools.lru_cache(maxsize=4)
 def _to_the_second(seconds: int) -> str:
-    return f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%dT%H:%M:%S}"
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}"
 
 
 def signal_line(instance: str, identity: str, payload: bytes) -> bytes:
@@ -952,7 +960,7 @@ class SignalLog:
         now = self.clock()
         self.day = now.date()
         if size:
-            self.day = datetime.fromtimestamp(status.st_mtime, timezone.utc).date()
+            self.day = datetime.fromtimestamp(status.st_mtime, UTC).date()
 
     def _whole_lines(self, fd: int, size: int) -> int:
         """How many bytes of a file end with its last newline."""
@@ -1262,6 +1270,8 @@ class Figures:
 
 HANDLER_THREADS = 4  # one reads; the others commit, or wait to read
 POLL_EVENTS = 64  # handled in one turn
+ACCEPT_AT_ONCE = 16  # so that a flood of connections, or of pipelined requests on one of them,
+ANSWER_AT_ONCE = 8  # does not keep the others waiting
 RECEIVE_BYTES = 16384
 LINGER_SECONDS = 2.0  # for an answer to arrive before the connection is closed on unread bytes
 STALL_SECONDS = 10.0  # a commit that takes longer means that signals cannot be stored
@@ -1286,6 +1296,7 @@ class Handler(BaseHTTPRequestHandler):
     def __init__(self, request: socket.socket, address: Any, server: Receiver) -> None:
         # The framework's own __init__ would handle the whole connection before it returns.
         self.request, self.client_address, self.server = request, address, server
+        self.fd = request.fileno()
         self.parser = RequestParser(server.settings.max_body)
         self.head: Head | None = None
         self.instance: Instance | None = None
@@ -1295,6 +1306,8 @@ class Handler(BaseHTTPRequestHandler):
         self.begun = 0.0  # when the request's first bytes came; 0: not yet
         self.watched = False  # in the poll's list
         self.shaking_hands = server.tls is not None
+        self.fate: Answer | None = None  # what the signal log said
+        self.deferred = False  # more of its requests have come than are answered at once
         self.unsent = b""
         self.close_connection = False
         self.requestline = "-"  # for the access log
@@ -1308,14 +1321,24 @@ class Handler(BaseHTTPRequestHandler):
                 return
             if self.state == LINGERING:
                 self._linger()
+            elif self.fate:  # its signal's; should the client have gone, it is stored all the same
+                fate, self.fate = self.fate, None
+                self._answer(fate)
+                self._proceed()
             elif self.state == ANSWERING:
                 self._after_answer()
+                self._proceed()
+            elif self.deferred:
+                self.deferred = False
                 self._proceed()
             else:
                 self._receive()
         except (BlockingIOError, ssl.SSLWantReadError):
             self._wait(select.EPOLLIN)
         except OSError:  # the client has gone
+            self.finish()
+        except Exception:
+            log.exception("a defect: please report it")
             self.finish()
 
     def _shake_hands(self) -> bool:
@@ -1346,8 +1369,10 @@ class Handler(BaseHTTPRequestHandler):
         self._proceed()
 
     def _proceed(self) -> None:
-        """Answer the requests that have come whole, one after the other."""
-        while self.state == WAITING:
+        """Answer the requests that have come whole, one after the other, if it is their time."""
+        if self.state != WAITING:
+            return
+        for _ in range(ANSWER_AT_ONCE):
             try:
                 answer = self._next_answer()
             except Refusal as refusal:
@@ -1361,9 +1386,13 @@ class Handler(BaseHTTPRequestHandler):
             if answer is None:  # the signal log will tell
                 return
             self._answer(answer)
-            if not self.begun and self.state == WAITING:
+            if self.state != WAITING:
+                return
+            if not self.begun:
                 self._wait(select.EPOLLIN)
                 return
+        self.deferred = True
+        self._wait(select.EPOLLOUT)
 
     def _next_answer(self) -> Answer | None:
         """The next request's answer; NEED_MORE; or None: it will come from the signal log."""
@@ -1421,10 +1450,10 @@ class Handler(BaseHTTPRequestHandler):
             if self.instance is None:
                 raise Refusal(UNKNOWN_KEY, "invalid public key")
 
-    def do_OPTIONS(self, _body: bytes) -> Answer:  # noqa: N802 (the framework's names)
+    def do_OPTIONS(self, _body: bytes) -> Answer:
         return Answer(200, headers=(("Allow", "GET, HEAD, POST, OPTIONS"),))
 
-    def do_GET(self, _body: bytes) -> Answer:  # noqa: N802
+    def do_GET(self, _body: bytes) -> Answer:
         assert self.head
         if self.instance is None:
             return STATUS_OK if self.server.store.can_store else STATUS_UNAVAILABLE
@@ -1433,11 +1462,12 @@ class Handler(BaseHTTPRequestHandler):
         log.info("Verify: answered the challenge for %s", self.instance.name)
         return Answer(200, self.instance.sign(challenge), "text/plain")
 
-    do_HEAD = do_GET  # noqa: N815
+    do_HEAD = do_GET
 
-    def do_POST(self, body: bytes) -> Answer | None:  # noqa: N802
+    def do_POST(self, body: bytes) -> Answer | None:
         """A signal: authentic? then decrypt, then read; then off to the log."""
-        assert self.head and self.instance
+        assert self.head
+        assert self.instance
         fields, instance = self.head.fields, self.instance
         if not instance.authenticates(body, fields[SIGNATURE]):
             raise Refusal(WRONG_SIGNATURE, "invalid signature")
@@ -1462,14 +1492,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def answered(self, answer: Answer) -> None:
         """The signal log's word on a line; called by the thread that committed it."""
-        try:
-            self._answer(answer)
-            self._proceed()
-        except OSError:  # the client has gone; its signal is stored all the same
-            self.finish()
-        except Exception:
-            log.exception("a defect: please report it")
-            self.finish()
+        self.fate = answer
+        self.handle()
 
     # How it is answered
 
@@ -1553,7 +1577,7 @@ class Handler(BaseHTTPRequestHandler):
                     self.request.unwrap()  # says goodbye (RFC 8446 section 6.1); never waits
             self.request.close()
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (the framework's name)
+    def log_message(self, format: str, *args: Any) -> None:
         log.info("%s %s", self.client_address[0] if self.client_address else "-", format % args)
 
 
@@ -1621,7 +1645,7 @@ class Receiver(HTTPServer):
         for _ in range(HANDLER_THREADS):
             threading.Thread(target=self.serve_forever, daemon=True).start()
 
-    def serve_forever(self, poll_interval: float = 0.5) -> None:  # noqa: ARG002
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
         """A handler thread's life: read, then commit what has gathered while another one reads."""
         while True:
             with self.reading:
@@ -1629,8 +1653,10 @@ class Receiver(HTTPServer):
                     self._read_once()
             try:
                 self.store.commit_due()
-            finally:
-                self.committers.release()
+            except BaseException:  # better a restart than a log that nobody writes any more
+                log.exception("a defect in the signal log: please report it")
+                os._exit(1)
+            self.committers.release()
 
     def _read_once(self) -> None:
         """Wait for what is readable and handle it."""
@@ -1640,7 +1666,7 @@ class Receiver(HTTPServer):
             for fd, _ in ready:
                 handler = self.connections.get(fd)
                 if handler:
-                    self._run(handler.handle)
+                    handler.handle()
                 elif fd in self.listeners:
                     self._accept(self.listeners[fd])
                 elif fd == self.wake:
@@ -1648,19 +1674,16 @@ class Receiver(HTTPServer):
             if time.monotonic() >= self.next_sweep:
                 self._sweep()
 
-    def _run(self, step: Callable[[], None]) -> None:
-        try:
-            step()
-        except Exception:
-            log.exception("a defect: please report it")
-
     # Connections come and go
 
     def _accept(self, listener: socket.socket) -> None:
-        for _ in range(16):  # then the connections that have something to say get their turn
-            if len(self.connections) >= self.settings.max_connections and not self._make_room():
-                self._pause_accepting()
-                return
+        for accepted in range(ACCEPT_AT_ONCE):
+            if len(self.connections) >= self.settings.max_connections:
+                if accepted:  # is there another one? the poll will tell
+                    return
+                if not self._make_room():
+                    self._pause_accepting()
+                    return
             try:
                 request, address = listener.accept()
             except BlockingIOError:
@@ -1677,8 +1700,8 @@ class Receiver(HTTPServer):
         """Begin a connection; its first request has often come with it."""
         request.setblocking(False)
         handler = Handler(request, client_address, self)
-        self.connections[request.fileno()] = handler
-        self._run(handler.handle)
+        self.connections[handler.fd] = handler
+        handler.handle()
 
     def watch(self, handler: Handler, events: int) -> None:
         """Have the connection handled when it is ready, or ended at its deadline."""
@@ -1692,11 +1715,8 @@ class Receiver(HTTPServer):
             self.poll.register(handler.request, events)
 
     def forget(self, handler: Handler) -> None:
-        fd = handler.request.fileno()
-        if self.connections.get(fd) is handler:
-            del self.connections[fd]
-        if self.stopping and not self.connections:
-            os.eventfd_write(self.wake, 1)
+        if self.connections.get(handler.fd) is handler:
+            del self.connections[handler.fd]
 
     def _make_room(self) -> bool:
         """Close the connection that has waited longest for its request."""
@@ -1708,7 +1728,7 @@ class Receiver(HTTPServer):
         if not late:
             return False
         oldest = min(late, key=lambda each: (each.state == WAITING, each.since))
-        self._run(oldest.finish)
+        oldest.finish()
         return True
 
     def _pause_accepting(self) -> None:
@@ -1726,7 +1746,7 @@ class Receiver(HTTPServer):
                 self.poll.modify(each, select.EPOLLIN)
         for handler in list(self.connections.values()):
             if handler.deadline <= now and (handler.state != ANSWERING or handler.unsent):
-                self._run(handler.expire)
+                handler.expire()
             if handler.state != CLOSED:
                 self.next_sweep = min(self.next_sweep, max(handler.deadline, now + 0.1))
 
@@ -1744,7 +1764,7 @@ class Receiver(HTTPServer):
             self.listeners = {}
             for handler in list(self.connections.values()):
                 if handler.state == WAITING and not handler.begun:
-                    self._run(handler.finish)
+                    handler.finish()
         while self.connections and time.monotonic() < deadline:
             time.sleep(0.01)
         return not self.connections
@@ -2125,8 +2145,9 @@ class ConsoleHandler(BaseHTTPRequestHandler):
         feed = self.server.receiver.figures.feed
         assert feed
         fields = "".join(f"{name}: {value}\r\n" for name, value in CONSOLE_HEADERS)
-        head = f"HTTP/1.1 200 OK\r\nDate: {http_date(int(time.time())).decode()}\r\nContent-Type: text/event-stream\r\n"
-        self.request.sendall(f"{head}{fields}Connection: close\r\n\r\n".encode())
+        fields += f"Date: {http_date(int(time.time())).decode()}\r\nConnection: close\r\n"
+        head = f"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n{fields}\r\n"
+        self.request.sendall(head.encode())
         if not with_body:
             return
         number = feed.next  # first, so that nothing can fall between the log and the feed
@@ -2279,7 +2300,7 @@ class Console(ThreadingHTTPServer):
         # A Host field names a service by address, never by a name that DNS could rebind.
         self.hosts = {f"{name}:{port}" for name in names} | (names if port == 80 else set())
 
-    def verify_request(self, request: Any, client_address: Any) -> bool:  # noqa: ARG002
+    def verify_request(self, request: Any, client_address: Any) -> bool:
         return self.room.acquire(blocking=False)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
@@ -2288,7 +2309,7 @@ class Console(ThreadingHTTPServer):
         finally:
             self.room.release()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
+    def handle_error(self, request: Any, client_address: Any) -> None:
         log.exception("a defect in the console: please report it")
 
 
@@ -2302,9 +2323,9 @@ def option(default: Any, metavar: str, text: str, kind: Callable[[str], Any] = s
 
 def _number(least: int, most: int = 1 << 62) -> Callable[[str], int]:
     def number(text: str) -> int:
-        if not text.isdecimal() or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not a whole number of {least} or more"
-                                             + (f", {most} at most" if most < 1 << 62 else ""))  # fmt: skip
+        if not (text.isdecimal() and text.isascii() and least <= int(text) <= most):
+            bounds = f"{least} to {most}" if most < 1 << 62 else f"{least} or more"
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number of {bounds}")
         return int(text)
 
     return number
@@ -2554,7 +2575,7 @@ class LiveAPI:
             port = -1
         if parts.scheme not in ("http", "https") or not parts.hostname or port == -1:
             raise OperatorError(f"{url} is no endpoint: give it as https://HOST/live")
-        self.target = parts.path or "/"
+        self.path, self.query = parts.path or "/", parts.query
         if parts.scheme == "https":
             context = ssl._create_unverified_context() if insecure else ssl.create_default_context()
             self.connection: http.client.HTTPConnection = http.client.HTTPSConnection(
@@ -2568,7 +2589,9 @@ class LiveAPI:
     ) -> tuple[int, bytes]:
         """Status and body of the answer; OSError or http.client.HTTPException without one."""
         try:
-            self.connection.request(method, self.target + query, body, headers)
+            words = "&".join(filter(None, (self.query, query)))
+            target = f"{self.path}?{words}" if words else self.path
+            self.connection.request(method, target, body, headers)
             response = self.connection.getresponse()
             return response.status, response.read()
         except (OSError, http.client.HTTPException):
@@ -2577,7 +2600,7 @@ class LiveAPI:
 
     def verify(self, instance: Instance, challenge: str) -> tuple[int, bytes]:
         headers = {PUBLIC_KEY.decode(): instance.public_key.decode()}
-        return self.call("GET", "?challenge=" + quote(challenge, safe=""), None, headers)
+        return self.call("GET", "challenge=" + quote(challenge, safe=""), None, headers)
 
     def post(self, instance: Instance, body: bytes, **replaced: str | None) -> tuple[int, bytes]:
         """POST a body with the instance's signature; `replaced` may change or drop a header."""
@@ -2771,6 +2794,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     text = "receive signals (the default)"
     serving = commands.add_parser("serve", help=text, description=about, allow_abbrev=False)
+    serving.add_argument("--version", action="version", version=f"liveapi_server {__version__}")
     for each in dataclasses.fields(Settings):
         flag = "--" + each.name.replace("_", "-")
         meta, default = each.metadata, each.default

@@ -28,6 +28,8 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "liveapi_server.py"
+sys.set_int_max_str_digits(0)  # a signal's numbers may be of any size
+
 ACCEPTED = {"message": "message received"}
 
 

@@ -335,7 +335,7 @@ ACCEPTED = [
     Case("9112 §6.3", "GET with chunks",
          get(b"Transfer-Encoding: chunked") + b"5\r\nhello\r\n0\r\n\r\n", (200,)),
     Case("9112 §6.3", "POST with neither length nor chunks", post(body=b""), (200,)),
-    Case("9112 §6.3", "white space around Content-Length", sized(b" \t5\t "), (200,)),
+    Case("9112 §6.3", "white space around Content-Length", sized(b"  5  "), (200,)),
     Case("9112 §6.3", "body in HTTP/1.0",
          post(b"Content-Length: 5", version=b"HTTP/1.0") + BODY, (200,)),
     Case("9112 §7.1", "one chunk", chunked(b"5\r\nhello\r\n0\r\n\r\n"), (200,)),

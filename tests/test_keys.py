@@ -14,6 +14,7 @@ def write(directory: Path, **files: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (directory / name).write_text(text)
+        (directory / name).chmod(0o600)
 
 
 def refused(keys: Path, tmp_path: Path) -> str:

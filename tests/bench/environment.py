@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -46,7 +47,7 @@ def _need_programs(names: set[str]) -> None:
     run("apt-get", "install", "-y", "--no-install-recommends", *missing)
 
 
-def _once(directory: Path, recipe: Path, *commands: list[str | Path]) -> None:
+def _once(directory: Path, recipe: Path, *commands: Sequence[str | Path]) -> None:
     """Run the commands in `directory` unless they ran for this very recipe before."""
     mark = directory / "installed"
     if mark.exists() and mark.read_bytes() == recipe.read_bytes():
@@ -65,12 +66,21 @@ def prepare(kinds: set[str]) -> None:
     if "python" in kinds:
         recipe = PEERS / "requirements.txt"
         venv = [sys.executable, "-m", "venv", "."]
-        install = [PEERS_PYTHON, "-m", "pip", "install", "-q", "--upgrade", "-r", recipe]
-        _once(PEERS_PYTHON.parent.parent, recipe, venv, install)
+        pip: list[str | Path] = [
+            PEERS_PYTHON,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--upgrade",
+            "-r",
+            recipe,
+        ]
+        _once(PEERS_PYTHON.parent.parent, recipe, venv, pip)
     if "node" in kinds:
         recipe = PEERS / "package.json"
-        install = ["npm", "install", "--no-audit", "--no-fund"]
-        _once(NODE_MODULES.parent, recipe, ["cp", recipe, "."], install)
+        npm = ["npm", "install", "--no-audit", "--no-fund"]
+        _once(NODE_MODULES.parent, recipe, ["cp", str(recipe), "."], npm)
     if "go" in kinds:
         env = {"GOCACHE": str(CACHE / "go-build"), "GO111MODULE": "off"}
         run("go", "build", "-o", GO_PROGRAM, PEERS / "main.go", env=env)

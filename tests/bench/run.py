@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,9 +44,12 @@ def options() -> argparse.Namespace:
         return int(text)
 
     def scenarios(text: str) -> list[Scenario]:
-        return [Scenario.parse(part) for part in text.split(",")]
+        try:
+            return [Scenario.parse(part) for part in text.split(",")]
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
 
-    def names(known: tuple[str, ...]) -> object:
+    def names(known: tuple[str, ...]) -> Callable[[str], list[str]]:
         def listed(text: str) -> list[str]:
             chosen = [name for name in text.split(",") if name]
             if set(chosen) - set(known):
@@ -132,6 +137,7 @@ def rounds_of(
 
 def main() -> None:
     chosen = options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # the servers are stopped too
     started = time.monotonic()
     peers = {name: PEERS[name] for name in chosen.peers}
     kinds = {"receiver", *(peer.kind for peer in peers.values())}

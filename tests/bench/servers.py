@@ -38,16 +38,17 @@ def receiver(python: Path) -> Server:
 
 
 def _fastapi(title: str, sync: str) -> Server:
-    command = (str(environment.PEERS_PYTHON), "-m", "uvicorn", "fastapi_app:app")
-    command += ("--port", "{port}", "--http", "httptools", "--loop", "uvloop")
-    command += ("--no-access-log", "--log-level", "warning")
-    return Server(title, "python", command, {"BENCH_SYNC": sync})
+    python = str(environment.PEERS_PYTHON)
+    server = ("-m", "uvicorn", "fastapi_app:app", "--port", "{port}")
+    quick = ("--http", "httptools", "--loop", "uvloop", "--no-access-log")
+    return Server(title, "python", (python, *server, *quick), {"BENCH_SYNC": sync})
 
 
 def _flask(title: str, threads: int) -> Server:
-    command = (str(environment.PEERS_PYTHON), "-m", "gunicorn", "flask_app:app")
-    command += ("--bind", "127.0.0.1:{port}", "--workers", "1", "--log-level", "warning")
-    return Server(title, "python", (*command, "--worker-class", "gthread", f"--threads={threads}"))
+    python = str(environment.PEERS_PYTHON)
+    server = ("-m", "gunicorn", "flask_app:app", "--bind", "127.0.0.1:{port}")
+    threaded = ("--workers=1", "--worker-class=gthread", f"--threads={threads}")
+    return Server(title, "python", (python, *server, *threaded))
 
 
 def _express(title: str, **env: str) -> Server:
@@ -107,7 +108,11 @@ class Running:
                 stderr=output,
                 start_new_session=True,
             )
-        self._wait_until_ready(started + READY_WITHIN)
+        try:
+            self._wait_until_ready(started + READY_WITHIN)
+        except BaseException:
+            self.stop()
+            raise
         self.ready_seconds = time.perf_counter() - started
 
     def _wait_until_ready(self, deadline: float) -> None:
@@ -121,7 +126,6 @@ class Running:
                 if status == 200:
                     return
             if self.process.poll() is not None or time.perf_counter() > deadline:
-                self.stop()
                 said = self.output.read_text(errors="replace")
                 raise SystemExit(f"{self.server.title} does not start:\n{said}")
             time.sleep(0.002)

@@ -30,6 +30,13 @@ def readme_examples(language: str) -> list[str]:
     return [body for tag, body in FENCED.findall(section) if tag == language]
 
 
+def readme_command(start: str) -> str:
+    """The one command in the section's shell examples that begins with `start`, on one line."""
+    lines = re.sub(r"\\\n *", "", "".join(readme_examples("sh"))).splitlines()
+    [found] = [line for line in lines if line.startswith(start)]
+    return found
+
+
 def need(program: str, package: str) -> str:
     """The program's path, or a skip that says what to install."""
     found = shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
@@ -41,7 +48,8 @@ def need(program: str, package: str) -> str:
 def python_with(module: str) -> str:
     """A Python that has `module`: $SCALE_PYTHON or this one. Engines needn't be in our own venv."""
     python = os.environ.get("SCALE_PYTHON", sys.executable)
-    if subprocess.run([python, "-c", f"import {module}"], capture_output=True).returncode:
+    tried = subprocess.run([python, "-c", f"import {module}"], capture_output=True, check=False)
+    if tried.returncode:
         pytest.skip(f"{python} has no {module}: pip install {module}, or set SCALE_PYTHON")
     return python
 
@@ -78,7 +86,9 @@ class HAProxy:
         ]
         config = directory / "haproxy.cfg"
         config.write_text(replaced("\n".join(lines) + "\n", changes))
-        checked = subprocess.run([program, "-c", "-f", config], capture_output=True, text=True)
+        checked = subprocess.run(
+            [program, "-c", "-f", config], capture_output=True, text=True, check=False
+        )
         assert checked.returncode == 0, checked.stdout + checked.stderr
         self.log = (directory / "haproxy.log").open("w+")
         self.process = subprocess.Popen(

@@ -35,12 +35,19 @@ class Shipper:
             "/var/lib/shipped": str(self.shipped),
         }
         self.config.write_text(replaced(rest, changes))
+        checked = subprocess.run(
+            [self.program, "-N1", "-f", self.config], capture_output=True, text=True, check=False
+        )
+        assert checked.returncode == 0, checked.stderr
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         pid = self.spool / "pid"
         pid.unlink(missing_ok=True)
-        self.process = subprocess.Popen([self.program, "-n", "-f", self.config, "-i", pid])
+        with (self.spool / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [self.program, "-n", "-f", self.config, "-i", pid], stdout=log, stderr=log
+            )
 
     def stop(self, number: int) -> None:
         if self.process:
@@ -51,6 +58,9 @@ class Shipper:
     def lines(self) -> Counter[bytes]:
         file = self.shipped / "signals.jsonl"
         return Counter(file.read_bytes().split(b"\n")) if file.exists() else Counter()
+
+    def wait_for(self, lines: set[bytes]) -> None:
+        eventually(lambda: lines <= self.lines().keys(), 20)
 
 
 @pytest.fixture
@@ -100,7 +110,7 @@ def test_every_line_is_shipped_whole_through_renames_and_restarts_of_the_shipper
     assert receiver.post(pair, b"not JSON " + b"z" * 900_000).status == 200
 
     stored = stored_lines(receiver, pair)
-    eventually(lambda: stored <= shipper.lines().keys(), 20)
+    shipper.wait_for(stored)
     shipped = shipper.lines()
     assert shipped.keys() == stored | {b""}, "a line that the receiver never wrote"
     again = sum(shipped.values()) - len(shipped)
@@ -120,7 +130,7 @@ def test_segments_that_were_shipped_can_be_removed(
         for _ in range(40):
             assert receiver.post(pair, signal_payload()).status == 200
         stored |= stored_lines(receiver, pair)
-        eventually(lambda: stored <= shipper.lines().keys())
+        shipper.wait_for(stored)
         shipper.stop(signal.SIGTERM)
         for segment in receiver.segments(pair.name)[:-1]:
             # A new segment may get the inode of a removed one.
@@ -128,5 +138,5 @@ def test_segments_that_were_shipped_can_be_removed(
         assert receiver.post(pair, signal_payload()).status == 200
         shipper.start()
     stored |= stored_lines(receiver, pair)
-    eventually(lambda: stored <= shipper.lines().keys())
+    shipper.wait_for(stored)
     assert shipper.lines().keys() == stored | {b""}

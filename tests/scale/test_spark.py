@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import python_with, readme_examples
+from engines import need, python_with, readme_command, readme_examples, replaced
 from harness import ROOT, Pair, Receiver, eventually, payload_id
 
 TYPES = [
@@ -36,18 +36,32 @@ class Job:
             pytest.skip("java is missing: apt-get install openjdk-17-jre-headless")
         self.python = python_with("pyspark")
         self.directory = directory
-        [block] = [each for each in readme_examples("sh") if "spark-submit" in each]
-        [line] = [each for each in block.replace("\\\n", "").splitlines() if "spark-submit" in each]
-        assert line.count("/srv/") == 2
-        self.command = shlex.split(line.replace("/srv/", f"{directory}/"))
+        self.command = shlex.split(self.moved(readme_command("spark-submit")))
         self.runs: list[subprocess.Popen[bytes]] = []
+
+    def moved(self, text: str) -> str:
+        assert "/srv/" in text
+        return text.replace("/srv/", f"{self.directory}/srv/")
+
+    def fetch(self, receiver: Receiver) -> None:
+        """Bring its closed segments with the README's rsync, from here in place of its VM."""
+        need("rsync", "rsync")
+        name = receiver.directory.name
+        line = replaced(
+            readme_command("rsync"),
+            {
+                "10.0.0.11:/var/lib/liveapi/signals/": f"{receiver.signals}/",
+                "/srv/liveapi/a/": f"/srv/liveapi/{name}/",
+            },
+        )
+        subprocess.run(shlex.split(self.moved(line)), check=True)
 
     def begin(self) -> subprocess.Popen[bytes]:
         with (self.directory / f"job{len(self.runs)}.log").open("wb") as log:
             bin_directory = Path(self.python).parent
             self.runs.append(
                 subprocess.Popen(
-                    [*self.command, "--segments-per-batch", "4"],
+                    [*self.command, "--segments-per-batch", "6"],
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     cwd=ROOT,
@@ -56,6 +70,8 @@ class Job:
                         "PATH": f"{bin_directory}:{os.environ['PATH']}",
                         "SPARK_LOCAL_IP": "127.0.0.1",
                         "SPARK_LOCAL_DIRS": str(self.directory),
+                        # Short runs: compiling much would take longer than it saves.
+                        "JAVA_TOOL_OPTIONS": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
                     },
                     # A group of its own: spark-submit, Java and Python end together.
                     start_new_session=True,
@@ -78,18 +94,18 @@ class Job:
         return str(said)
 
     def batches(self, what: str) -> set[str]:
-        return {path.name for path in (self.directory / "counts" / what).glob("*[0-9]")}
+        return {path.name for path in (self.directory / "srv/counts" / what).glob("*[0-9]")}
 
     def counts(self) -> Counts:
-        """What the Parquet files say, read by pyspark's companion in the same venv."""
+        """What the README's query says of the Parquet files."""
+        [sql] = [each for each in readme_examples("sql") if "/srv/" in each]
         code = (
-            "import duckdb, json; print(json.dumps(duckdb.sql("
-            "\"SELECT hour, type, sum(signals)::BIGINT FROM 'counts/counts/*/*.parquet'"
-            ' GROUP BY ALL").fetchall(), default=str))'
+            "import duckdb, json, sys;"
+            "print(json.dumps(duckdb.sql(sys.stdin.read()).fetchall(), default=str))"
         )
         done = subprocess.run(
             [python_with("duckdb"), "-c", code],
-            cwd=self.directory,
+            input=self.moved(sql),
             capture_output=True,
             text=True,
             check=True,
@@ -105,11 +121,9 @@ def job(tmp_path: Path) -> Iterator[Job]:
 
 
 def closed_segments(directory: Path) -> list[Path]:
-    return [
-        path
-        for path in sorted(directory.glob("liveapi/*/signals/*Z.jsonl"))
-        if ".rejected" not in path.name
-    ]
+    fetched = sorted(directory.glob("srv/liveapi/*/signals/*"))
+    assert all(path.name.endswith("Z.jsonl") for path in fetched)
+    return [path for path in fetched if ".rejected" not in path.name]
 
 
 def exact_counts(segments: list[Path]) -> Counts:
@@ -118,9 +132,7 @@ def exact_counts(segments: list[Path]) -> Counts:
     for segment in segments:
         for line in segment.read_text().splitlines():
             stored = json.loads(line)
-            at = datetime.datetime.fromtimestamp(
-                stored["signal"]["timestamp"] / 1000, datetime.UTC
-            )
+            at = datetime.datetime.fromtimestamp(stored["signal"]["timestamp"] / 1000, datetime.UTC)
             found[stored["id"]] = (f"{at:%Y-%m-%d %H}:00:00", stored["signal"]["type"])
     return Counter(found.values())
 
@@ -144,9 +156,8 @@ def test_spark_counts_closed_segments_exactly_across_a_kill_and_a_restart(
 ) -> None:
     receivers = []
     for name in ("a", "b", "c"):
-        directory = tmp_path / "liveapi" / name
-        directory.mkdir(parents=True)
-        receivers.append(start("--segment-bytes", "30000", directory=directory))
+        (tmp_path / name).mkdir()
+        receivers.append(start("--segment-bytes", "40000", directory=tmp_path / name))
     connections = [receiver.connect() for receiver in receivers]
     chance = random.Random(8)
     sent: list[bytes] = []
@@ -165,11 +176,13 @@ def test_spark_counts_closed_segments_exactly_across_a_kill_and_a_restart(
                 answer = receivers[where].post(pair, payload, connection=connections[where])
                 assert answer.status == 200
         assert receivers[0].post(pair, b"set aside").status == 200
+        for receiver in receivers:
+            job.fetch(receiver)
 
     # Killed in the midst of a batch, while segments go on being closed.
     send(1500)
     job.begin()
-    eventually(lambda: "batch=1" in job.batches("counts"), 120)
+    eventually(lambda: "batch=0" in job.batches("counts"), 120)
     job.kill()
     begun, done = job.batches("checkpoint/offsets"), job.batches("checkpoint/commits")
     send(500)
@@ -185,7 +198,7 @@ def test_spark_counts_closed_segments_exactly_across_a_kill_and_a_restart(
 
     # Ended by itself and started again: new segments, and a receiver that comes late with two.
     send(500)
-    late = tmp_path / "liveapi" / "d" / "signals"
+    late = tmp_path / "srv/liveapi/d/signals"
     late.mkdir(parents=True)
     earlier(segments[0], 6, late / "my-app-20261101T000000.000000Z.jsonl")
     on_time = exact_counts(closed_segments(tmp_path))

@@ -1,0 +1,271 @@
+"""Send the same bytes to the receiver and to servers people trust; print who takes what.
+
+    python tests/proxies/compare_servers.py [--random N] [--seed N] [--all]
+
+The bytes are the cases of tests/test_http.py, and N mutated requests of tests/test_fuzz.py. The
+output is Markdown: a summary, then a row for each case (without --all only those that tell
+servers apart). Exit status 1 if the receiver takes what any other server refuses, 2 if a server
+could not be started. The other servers run an application that reads the body and says 200.
+What the RFC demands though others refuse it is listed with the reason, and not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from harness import Receiver, free_ports
+from test_fuzz import mutant
+from test_http import ACCEPTED, PAIR, REFUSED, STATUS, Case
+
+QUIET = 0.7  # seconds without a byte after which a server is taken to be waiting for more
+
+WSGI = """
+def app(environ, start_response):
+    environ["wsgi.input"].read()
+    start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", "2")])
+    return [b"ok"]
+"""
+
+ASGI = """
+async def app(scope, receive, send):
+    while (await receive()).get("more_body"):
+        pass
+    headers = [(b"content-type", b"text/plain"), (b"content-length", b"2")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b"ok"})
+"""
+
+PLAIN = """
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(b"ok")
+
+    do_HEAD = do_POST = do_OPTIONS = do_GET
+
+ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+NODE = """
+const http = require('http');
+http.createServer((request, response) => {
+  request.on('data', () => {});
+  request.on('end', () => response.end('ok'));
+  request.on('error', () => {});
+}).listen(+process.argv[2], '127.0.0.1');
+"""
+
+NGINX = """
+daemon off; pid {directory}/pid; error_log {directory}/error.log; worker_processes 1;
+events {{}}
+http {{
+    access_log off;
+    client_body_temp_path {directory}/body; proxy_temp_path {directory}/proxy;
+    fastcgi_temp_path {directory}/fastcgi; uwsgi_temp_path {directory}/uwsgi;
+    scgi_temp_path {directory}/scgi;
+    server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass http://127.0.0.1:{inner}; }} }}
+    server {{ listen 127.0.0.1:{inner}; location / {{ return 200 ok; }} }}
+}}
+"""
+
+# Where the receiver takes what another server refuses, and why it has to.
+DEMANDED = {
+    "an empty line before the request": "RFC 9112 §2.2: SHOULD ignore at least one",
+    "HTTP/1.2 is taken as 1.1": "RFC 9110 §2.5: process as the highest minor version known",
+    "HTTP/1.9 is taken as 1.1": "RFC 9110 §2.5: process as the highest minor version known",
+    "absolute-form with an empty path": "RFC 9112 §3.2.2: MUST accept the absolute-form",
+    "absolute-form with a query for a path": "RFC 9112 §3.2.2: MUST accept the absolute-form",
+    "OPTIONS *": "RFC 9110 §9.3.7: it asks for the server's options",
+    "target of 8 KiB": "a limit, and the receiver's own",
+    "100 fields": "a limit, and the receiver's own",
+}
+
+OTHERS = (
+    "nginx",
+    "Node http",
+    "gunicorn",
+    "uvicorn h11",
+    "uvicorn httptools",
+    "waitress",
+    "http.server",
+)
+
+
+def commands(directory: Path) -> Iterator[tuple[str, int, list[str]]]:
+    """The other servers: name, port, and how to start each."""
+    *ports, inner = free_ports(len(OTHERS) + 1)
+    port = dict(zip(OTHERS, ports, strict=True))
+    (directory / "wsgi_app.py").write_text(WSGI)
+    (directory / "asgi_app.py").write_text(ASGI)
+    (directory / "plain.py").write_text(PLAIN)
+    (directory / "server.js").write_text(NODE)
+    (directory / "nginx.conf").write_text(
+        NGINX.format(directory=directory, port=port["nginx"], inner=inner)
+    )
+    python = [sys.executable, "-m"]
+    yield "nginx", port["nginx"], ["nginx", "-p", str(directory), "-c", "nginx.conf"]
+    yield "Node http", port["Node http"], ["node", "server.js", str(port["Node http"])]
+    address = f"127.0.0.1:{port['gunicorn']}"
+    gunicorn = ["gunicorn", "--threads", "64", "--no-control-socket", "-b", address]
+    yield "gunicorn", port["gunicorn"], [*python, *gunicorn, "wsgi_app:app"]
+    for name in ("h11", "httptools"):
+        found = port[f"uvicorn {name}"]
+        options = ["--http", name, "--port", str(found), "--log-level", "critical"]
+        yield f"uvicorn {name}", found, [*python, "uvicorn", *options, "asgi_app:app"]
+    listen = f"--listen=127.0.0.1:{port['waitress']}"
+    yield (
+        "waitress",
+        port["waitress"],
+        [*python, "waitress", listen, "--threads=64", "wsgi_app:app"],
+    )
+    plain = [sys.executable, "plain.py", str(port["http.server"])]
+    yield "http.server", port["http.server"], plain
+
+
+@contextlib.contextmanager
+def running() -> Iterator[dict[str, int]]:
+    """All servers, the receiver first, each by its name and port."""
+    with tempfile.TemporaryDirectory(prefix="compare-") as name, contextlib.ExitStack() as stack:
+        directory = Path(name)
+        directory.chmod(0o755)
+        receiver = Receiver(directory, "--timeout", "5", pairs=(PAIR,))
+        stack.callback(receiver.stop)
+        ports = {"receiver": receiver.port}
+        output = stack.enter_context((directory / "output.txt").open("w+"))
+        for server, port, command in commands(directory):
+            process = subprocess.Popen(command, cwd=directory, stdout=output, stderr=output)
+            stack.callback(process.wait)
+            stack.callback(process.terminate)
+            ports[server] = port
+        for server, port in ports.items():
+            deadline = time.monotonic() + 20
+            while outcome(port, STATUS) != "200":
+                if time.monotonic() > deadline:
+                    output.seek(0)
+                    print(f"{server} does not start:\n{output.read()}", file=sys.stderr)
+                    sys.exit(2)
+                time.sleep(0.1)
+        yield ports
+
+
+def outcome(port: int, data: bytes) -> str:
+    """The statuses in the answer, in order; or closed, or hang; or 0.9 for a bare body."""
+    answer, ended = b"", False
+    try:
+        with socket.create_connection(("127.0.0.1", port), 5) as sock:
+            with contextlib.suppress(OSError):
+                sock.sendall(data)
+            sock.settimeout(QUIET)
+            while piece := sock.recv(65536):
+                answer += piece
+            ended = True
+    except TimeoutError:
+        pass
+    except OSError:
+        ended = True
+    statuses = [
+        found.decode() for found in re.findall(rb"HTTP/1\.[01] ([2-9][0-9][0-9])\b", answer)
+    ]
+    if statuses:
+        return ", ".join(statuses)
+    if answer:
+        return "0.9"
+    return "closed" if ended else "hang"
+
+
+def refuses(result: str) -> bool:
+    return result == "closed" or result[0] in "45"
+
+
+def table(cases: list[Case], results: dict[str, list[str]], everything: bool) -> list[Case]:
+    """Print the rows; gives the cases where the receiver is laxer than another server."""
+    names = list(results)
+    print("| section | case | " + " | ".join(names) + " |")
+    print("|---" * (len(names) + 2) + "|")
+    laxer = []
+    for i, case in enumerate(cases):
+        row = [results[name][i] for name in names]
+        stricter = [n for n, r in zip(names[1:], row[1:], strict=True) if refuses(r)]
+        # A 404 is no refusal of the bytes: the other servers know no paths.
+        taken = not refuses(row[0]) or row[0].startswith("404")
+        if taken and stricter and case.name in DEMANDED:
+            row[0] += f" ({DEMANDED[case.name]})"
+        elif taken and stricter:
+            laxer.append(case)
+            row[0] = f"**{row[0]}**"
+        if everything or (taken and stricter) or not all(refuses(r) for r in row):
+            name = ascii(case.name)[1:-1].replace("|", "\\|")
+            print(f"| {case.section} | {name} | " + " | ".join(row) + " |")
+    return laxer
+
+
+def ask_all(ports: dict[str, int], cases: list[Case]) -> dict[str, list[str]]:
+    with ThreadPoolExecutor(32) as pool:
+        asked = {
+            name: [pool.submit(outcome, port, case.data) for case in cases]
+            for name, port in ports.items()
+        }
+        return {name: [each.result() for each in futures] for name, futures in asked.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--random", type=int, default=0, metavar="N")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--all", action="store_true", help="print every row")
+    options = parser.parse_args()
+    laxer: list[Case] = []
+    with running() as ports:
+        results = ask_all(ports, REFUSED)
+        print(f"## {len(REFUSED)} malformed or ambiguous requests\n")
+        print("| server | refused | taken | waits for more |\n|---|---|---|---|")
+        for name, outcomes in results.items():
+            waits = outcomes.count("hang")
+            refused = sum(map(refuses, outcomes))
+            print(f"| {name} | {refused} | {len(outcomes) - refused - waits} | {waits} |")
+        print("\n### Those that not every server refuses\n")
+        laxer += table(REFUSED, results, options.all)
+        print(f"\n## {len(ACCEPTED)} unusual requests that are right\n")
+        laxer += table(ACCEPTED, ask_all(ports, ACCEPTED), options.all)
+        if options.random:
+            dice = random.Random(options.seed)
+            mutants = [Case("", "", mutant(dice, PAIR)) for _ in range(options.random)]
+            cases = [Case("mutant", repr(each.data)[2:-1], each.data) for each in mutants]
+            results = ask_all(ports, cases)
+            kept = [
+                i
+                for i in range(len(cases))
+                if not refuses(results["receiver"][i])
+                and any(refuses(results[name][i]) for name in OTHERS)
+            ]
+            print(f"\n## {len(kept)} of {len(cases)} mutants that the receiver takes, others not\n")
+            rows = {name: [outcomes[i] for i in kept] for name, outcomes in results.items()}
+            laxer += table([cases[i] for i in kept], rows, True)
+    print(f"\n{len(laxer)} cases in which the receiver takes what another server refuses")
+    return 1 if laxer else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
