@@ -105,7 +105,8 @@ _QUERY = _SEGMENT + rb"(?:[/?]" + _SEGMENT + rb")*"
 _NAME = rb"[A-Za-z0-9._~!$&'()*+,;=-]*(?:%[0-9A-Fa-f]{2}[A-Za-z0-9._~!$&'()*+,;=-]*)*"
 _HOST = rb"(?:\[[0-9A-Fa-f:.]+\]|(?=[^:/?])" + _NAME + rb")(?::[0-9]*)?"
 REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) HTTP/([0-9])\.([0-9])")  # 9112 section 3
-FIELD_LINE = re.compile(rb"(" + _TOKEN + rb"):([\t -~\x80-\xff]*)")  # 9112 section 5
+FIELD_LINE = re.compile(rb"(" + _TOKEN + rb"):([\t -~\x80-\xff]*)\r\n")  # 9112 section 5
+FIELD_LINES = re.compile(rb"(?:" + _TOKEN + rb":[\t -~\x80-\xff]*\r\n)*")
 TARGET = re.compile(  # RFC 9112 section 3.2: origin-form or absolute-form
     rb"(?:(?i:https?)://" + _HOST + rb")?(" + _PATH + rb")(?:\?(" + _QUERY + rb"))?"
 )
@@ -197,21 +198,9 @@ class Head:
 
 def parse_head(head: bytes) -> Head:
     """Parse a head, from the request line to the blank line; Refusal if it is not strictly one."""
-    request_line, *lines = head[:-4].split(b"\r\n")
-    if len(head) - len(request_line) > HEADER_BYTES or len(lines) > FIELDS:
-        raise Refusal(431, "header section too large")
-    method, path, query, http_1_0 = parse_request_line(request_line)
-    fields: dict[bytes, bytes] = {}
-    for line in lines:
-        match = FIELD_LINE.fullmatch(line)
-        if not match:
-            raise Refusal(400, "malformed header field")
-        name, value = match[1].lower(), match[2].strip(b" \t")
-        if name in fields:
-            if name in SAID_ONCE:
-                raise Refusal(400, f"repeated {name.decode()} field")
-            value = fields[name] + b", " + value
-        fields[name] = value
+    start = head.index(b"\r\n") + 2
+    method, path, query, http_1_0 = parse_request_line(head[: start - 2])
+    fields = parse_fields(head, start, len(head) - 2)
     host = fields.get(b"host")
     if host is None and not http_1_0:  # RFC 9112 section 3.2
         raise Refusal(400, "missing Host field")
@@ -227,6 +216,23 @@ def parse_head(head: bytes) -> Head:
         b"close" in options or (http_1_0 and b"keep-alive" not in options),
         _expects_continue(fields, http_1_0),
     )
+
+
+def parse_fields(data: bytes | bytearray, start: int, end: int) -> dict[bytes, bytes]:
+    """The field lines of a header or trailer section: values by name in lower case."""
+    if end - start > HEADER_BYTES or data.count(b"\n", start, end) > FIELDS:
+        raise Refusal(431, "header section too large")
+    if not FIELD_LINES.fullmatch(data, start, end):
+        raise Refusal(400, "malformed header field")
+    fields: dict[bytes, bytes] = {}
+    for name, value in FIELD_LINE.findall(data, start, end):
+        name, value = name.lower(), value.strip(b" \t")
+        if name in fields:
+            if name in SAID_ONCE:
+                raise Refusal(400, f"repeated {name.decode()} field")
+            value = fields[name] + b", " + value
+        fields[name] = value
+    return fields
 
 
 @functools.lru_cache(maxsize=32)  # most requests begin with the same line
@@ -372,7 +378,7 @@ class RequestParser:
     def _take_trailers(self, start: int) -> bool:
         """Check the trailer section and drop it (RFC 9112 section 7.1.2)."""
         end = self.buffer.find(b"\r\n\r\n", max(start - 2, self.scanned - 3))
-        stop = len(self.buffer) if end < 0 else end
+        stop = len(self.buffer) if end < 0 else end + 2
         if stop - start > HEADER_BYTES:
             raise Refusal(431, "trailer section too large")
         if NEVER_IN_HEAD.search(self.buffer, max(start, self.scanned - 1), stop):
@@ -380,11 +386,8 @@ class RequestParser:
         self.scanned = len(self.buffer) if end < 0 else 0
         if end < 0:
             return False
-        for line in self.buffer[start:end].split(b"\r\n") if end > start else ():
-            match = FIELD_LINE.fullmatch(line)
-            if not match or match[1].lower() in SAID_ONCE:
-                raise Refusal(400, "malformed trailer")
-            del match
+        if SAID_ONCE & parse_fields(self.buffer, start, stop).keys():
+            raise Refusal(400, "malformed trailer")
         del self.buffer[: end + 4]
         return True
 
@@ -1388,16 +1391,13 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(answer)
             if self.state != WAITING:
                 return
-            if not self.begun:
-                self._wait(select.EPOLLIN)
-                return
         self.deferred = True
         self._wait(select.EPOLLOUT)
 
     def _next_answer(self) -> Answer | None:
         """The next request's answer; NEED_MORE; or None: it will come from the signal log."""
         if self.head is None:
-            self.head = self.parser.next_head()
+            self.head = self.parser.next_head() if self.parser.buffer else None
             if self.head is None:
                 return NEED_MORE
             self._judge(self.head)

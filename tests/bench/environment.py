@@ -8,7 +8,6 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -47,7 +46,7 @@ def _need_programs(names: set[str]) -> None:
     run("apt-get", "install", "-y", "--no-install-recommends", *missing)
 
 
-def _once(directory: Path, recipe: Path, *commands: Sequence[str | Path]) -> None:
+def _once(directory: Path, recipe: Path, *commands: list[str]) -> None:
     """Run the commands in `directory` unless they ran for this very recipe before."""
     mark = directory / "installed"
     if mark.exists() and mark.read_bytes() == recipe.read_bytes():
@@ -66,16 +65,7 @@ def prepare(kinds: set[str]) -> None:
     if "python" in kinds:
         recipe = PEERS / "requirements.txt"
         venv = [sys.executable, "-m", "venv", "."]
-        pip: list[str | Path] = [
-            PEERS_PYTHON,
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--upgrade",
-            "-r",
-            recipe,
-        ]
+        pip = [str(PEERS_PYTHON), "-m", "pip", "install", "-q", "--upgrade", "-r", str(recipe)]
         _once(PEERS_PYTHON.parent.parent, recipe, venv, pip)
     if "node" in kinds:
         recipe = PEERS / "package.json"

@@ -158,8 +158,8 @@ def header(result: Result) -> list[str]:
         f"Measured {result['measured_at']} in {result['minutes']} minutes: {machine['cores']} "
         f"cores ({machine['cpu']}), Linux {machine['kernel']}, {machine['filesystem']}; wrk on the "
         "same machine, one thread; signals of 500 bytes, none sent twice.",
-        f"Rounds: {run['rounds']}, in alternating order, {run['seconds']} s for each figure in each "
-        "round. Medians; the spread is from lowest to highest; ratios are taken within a round.",
+        f"Rounds: {run['rounds']}, in alternating order, {run['seconds']} s for each figure in "
+        "each. Medians; the spread is from lowest to highest; ratios are taken within a round.",
         "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
     ]
     if not ours["gil"]:

@@ -61,7 +61,7 @@ class Job:
             bin_directory = Path(self.python).parent
             self.runs.append(
                 subprocess.Popen(
-                    [*self.command, "--segments-per-batch", "6"],
+                    [*self.command, "--segments-per-batch", "4"],
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     cwd=ROOT,
@@ -182,7 +182,7 @@ def test_spark_counts_closed_segments_exactly_across_a_kill_and_a_restart(
     # Killed in the midst of a batch, while segments go on being closed.
     send(1500)
     job.begin()
-    eventually(lambda: "batch=0" in job.batches("counts"), 120)
+    eventually(lambda: "batch=1" in job.batches("counts"), 120)
     job.kill()
     begun, done = job.batches("checkpoint/offsets"), job.batches("checkpoint/commits")
     send(500)

@@ -12,6 +12,7 @@ import (
 	"log"
 	"net/http"
 	"os"
+	"runtime"
 	"syscall"
 	"time"
 )
@@ -33,6 +34,7 @@ func commit(file *os.File) {
 	var lines []byte
 	for first := range queue {
 		batch, lines = append(batch[:0], first), append(lines[:0], first.line...)
+		runtime.Gosched() // handlers that are ready add their lines first: larger batches, fewer syncs
 		for more := len(queue); more > 0; more-- {
 			next := <-queue
 			batch, lines = append(batch, next), append(lines, next.line...)
