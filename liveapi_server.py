@@ -667,6 +667,7 @@ def line_id(line: bytes) -> str | None:
 # that says it has synced what it has not.
 
 READ_BYTES = 1 << 20
+SEGMENT_TIME = "%Y%m%dT%H%M%S.%fZ"
 
 
 class Disk:
@@ -902,10 +903,16 @@ class SignalLog:
         self.size += len(lines)
 
     def _cut_back(self) -> None:
+        """Take back what may stand beyond the synced lines; if that fails, it stays due."""
         self.cut_due = True
-        with contextlib.suppress(OSError):  # else it is cut before anything else is written
+        with contextlib.suppress(OSError):
+            self._cut()
+
+    def _cut(self) -> None:
+        if self.disk.stat(self.fd).st_size > self.size:  # never make a file longer
             self.disk.cut(self.fd, self.size)
-            self.cut_due = False
+        self.disk.sync(self.fd)  # else a power loss could bring the lines back
+        self.cut_due = False
 
     def _say_failure(self, error: OSError) -> str:
         reason = error.strerror or str(error)
@@ -919,8 +926,7 @@ class SignalLog:
         """See to it that the open segment is sound, and the file that readers see."""
         if self.fd >= 0:
             if self.cut_due:
-                self.disk.cut(self.fd, self.size)
-                self.cut_due = False
+                self._cut()
             self._notice_strangers()
         if self.fd >= 0 and self.unsound:
             self._close_segment()
@@ -994,10 +1000,10 @@ class SignalLog:
 
         Should the clock have jumped back, a name takes the microsecond after the newest one.
         """
-        now = f"{self.clock():%Y%m%dT%H%M%S.%fZ}"
+        now = self.clock().strftime(SEGMENT_TIME)
         if now <= self.last_closed:
-            last = datetime.strptime(self.last_closed, "%Y%m%dT%H%M%S.%fZ")
-            now = f"{last + timedelta(microseconds=1):%Y%m%dT%H%M%S.%fZ}"
+            last = datetime.strptime(self.last_closed, SEGMENT_TIME)
+            now = (last + timedelta(microseconds=1)).strftime(SEGMENT_TIME)
         self.disk.rename(self.name, f"{self.stem}-{now}.jsonl")
         self.last_closed = now
         self.closing_failed = False
@@ -1032,7 +1038,9 @@ class SignalLog:
         for name in names:
             match = CLOSED_SEGMENT.fullmatch(name)
             if match and match[1] == self.stem:
-                yield match[2]
+                with contextlib.suppress(ValueError, OverflowError):  # no time: no segment of ours
+                    datetime.strptime(match[2], SEGMENT_TIME) + timedelta(days=1)
+                    yield match[2]
 
     def segment_names(self) -> list[str]:
         """The names of the log's segments, newest first."""
@@ -1780,88 +1788,99 @@ STREAM_PAUSE = 0.25  # seconds between two looks at the feed; a watcher gets FEE
 HEARTBEAT_SECONDS = 15.0
 
 CONSOLE_PAGE = r"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Live API receiver</title>
-<link rel="icon" href="data:,">
+<html lang="en"><meta charset="utf-8"><title>Live API receiver</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style>
 :root { color-scheme: light dark; --page: #f3f5f8; --card: #fff; --ink: #17202b; --soft: #566273;
   --line: #dfe4ea; --blue: #0a63c2; --good: #14804e; --bad: #c0262d; --warn: #945600; --dot: 45% }
 @media (prefers-color-scheme: dark) { :root { --page: #0e1217; --card: #161c24; --ink: #e4e9f0;
-  --soft: #98a5b5; --line: #29323d; --blue: #6db3ff; --good: #4cc38a; --bad: #ff8080; --warn: #f0b35b;
-  --dot: 65% } }
+  --soft: #98a5b5; --line: #29323d; --blue: #6db3ff; --good: #4cc38a; --bad: #ff8080;
+  --warn: #f0b35b; --dot: 65% } }
 * { box-sizing: border-box; margin: 0; font: inherit; color: inherit }
 body { background: var(--page); color: var(--ink); font: 15px/1.45 system-ui, sans-serif }
-header { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; padding: .8rem 1.25rem }
+header, .bar, dialog div { display: flex; flex-wrap: wrap; gap: .2rem .8rem; align-items: center }
+header { padding: .8rem 1.25rem } #about { margin-left: auto }
 header, dialog div { background: var(--card); border-bottom: 1px solid var(--line) }
 h1, h2, h3, summary, #state, td button { font-weight: 600 }
-#state { color: var(--warn) } #state.ok { color: var(--good) } #state.bad, .bad { color: var(--bad) }
+#state { color: var(--warn) } #state.ok { color: var(--good) }
+#state.bad, .bad { color: var(--bad) }
 #state::before, td:nth-child(2)::before { content: ""; display: inline-block; width: .6em;
   height: .6em; margin-right: .55em; border-radius: 50%; background: currentColor }
-#about, h2 span, summary span, .ends, dt, th, td:first-child, #shown { color: var(--soft) }
-#about { margin-left: auto } h2 span, summary span { float: right; font-weight: 400 }
+#about, h2 span, summary span, dt, th, td:first-child, #shown { color: var(--soft) }
 main { display: grid; gap: 1rem; padding: 1rem 1.25rem; align-items: start }
-main, aside { grid-template-columns: minmax(0, 1fr) } aside { display: grid; gap: 1rem }
+main, aside { grid-template-columns: minmax(0, 1fr) }
+aside { display: grid; gap: 1rem; font-size: 14px }
 aside > *, table, dialog, button, input { background: var(--card); border: 1px solid var(--line);
-  border-radius: .5rem } aside > * { padding: .75rem .9rem } button, summary { cursor: pointer }
-svg { width: 100%; height: 4.5rem; margin-top: .5rem; border-bottom: 1px solid var(--line) }
-.ends { display: flex; justify-content: space-between; font-size: .8rem } path { fill: var(--blue) }
-h3 { margin-top: .7rem; padding-top: .7rem; border-top: 1px solid var(--line) }
-dl { display: grid; grid-template-columns: minmax(6rem, auto) minmax(0, 1fr); column-gap: .9rem }
-dd, h2, h3, #about, pre { overflow-wrap: anywhere } dd, td { font-variant-numeric: tabular-nums }
-#types { max-height: 19rem; overflow: auto; margin: .5rem -.4rem 0 }
-#types button { display: flex; width: 100%; padding: .1rem .4rem; text-align: left }
-#types span:first-child { flex: 1; overflow: hidden; text-overflow: ellipsis }
-.bar { display: flex; gap: .6rem; position: sticky; top: 0; padding: .6rem 0; margin-top: -.6rem;
-  background: var(--page) } input { flex: 1; min-width: 0 } button, input { padding: .4rem .8rem }
-#types button, td button { border: 0; background: none } td button { padding: 0 }
-button[aria-pressed=true] { background: var(--line) !important; font-weight: 600 }
-:focus-visible { outline: 2px solid var(--blue); outline-offset: 1px }
-table { width: 100%; table-layout: fixed; border-spacing: 0 } #shown { padding: .6rem 0 }
+  border-radius: .5rem }
+aside > * { padding: .7rem .9rem }
+h2 span, summary span { float: right; font-weight: 400 }
+svg { display: block; width: 100%; height: 4.5rem; border-bottom: 1px solid var(--line) }
+path { fill: var(--blue) }
+h3 { margin-top: .7rem; padding-top: .6rem; border-top: 1px solid var(--line) }
+dl { display: grid; grid-template-columns: minmax(5.5rem, auto) minmax(0, 1fr); column-gap: .9rem }
+dd, td { font-variant-numeric: tabular-nums } dd, h2, h3, #about, pre { overflow-wrap: anywhere }
+button, input { padding: .4rem .8rem } button, summary, td { cursor: pointer }
+button[aria-pressed=true] { background: var(--line); font-weight: 600 }
+#types { margin: .5rem -.4rem 0 }
+#types button { display: flex; width: 100%; padding: .1rem .4rem; border: 0 }
+#types span:first-child { flex: 1; overflow: hidden; text-overflow: ellipsis; text-align: left }
+.bar { position: sticky; top: 0; padding: .6rem 0; margin-top: -.6rem; background: var(--page) }
+input { flex: 1; min-width: 0 } #shown { padding: .6rem 0 }
+:focus-visible { outline: 2px solid var(--blue) }
+table { width: 100%; table-layout: fixed; border-spacing: 0 }
 th, td { padding: .34rem .9rem; text-align: left; overflow: hidden; text-overflow: ellipsis;
-  white-space: nowrap; unicode-bidi: isolate } td { border-top: 1px solid var(--line) }
-th:first-child { width: 8.4rem } th:last-child { width: 20% } tr:hover td { background: var(--page) }
-td:nth-child(2)::before { background: hsl(var(--hue) 60% var(--dot)) } td[colspan] { color: var(--warn) }
-dialog { width: min(60rem, 100% - 1.5rem); max-height: calc(100% - 1.5rem); margin: auto; padding: 0 }
-dialog::backdrop { background: rgb(0 0 0 / .5) } dialog h2 { flex: 1 } pre b { color: var(--blue) }
-dialog div { display: flex; gap: .6rem; align-items: center; padding: .8rem; position: sticky; top: 0 }
+  white-space: nowrap; unicode-bidi: isolate }
+th:first-child { width: 8.4rem } th:last-child { width: 20% }
+td { border-top: 1px solid var(--line) } tr:hover td { background: var(--page) }
+td:nth-child(2)::before { background: hsl(var(--hue) 60% var(--dot)) }
+td button { border: 0; padding: 0; background: none } td[colspan] { color: var(--warn) }
+dialog { width: 60rem; max-width: calc(100% - 1.5rem); max-height: calc(100% - 1.5rem);
+  padding: 0; margin: auto }
+dialog::backdrop { background: rgb(0 0 0 / .5) } dialog h2 { flex: 1 }
+dialog div { position: sticky; top: 0; padding: .8rem 1rem }
 pre { padding: 1rem; font: 13px/1.55 ui-monospace, monospace; white-space: pre-wrap }
-.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
-@media (min-width: 62rem) { main { grid-template-columns: 21rem minmax(0, 1fr) }
-  aside { position: sticky; top: 1rem; max-height: calc(100vh - 2rem); overflow: auto } }
-@media (max-width: 40rem) { header, main { padding-inline: .75rem } #about { margin-left: 0 }
-  main, aside { gap: .6rem } svg { height: 2.4rem } thead { display: none } td { border: 0 }
-  tr { display: grid; grid: auto auto / minmax(0, 1fr) auto; border-top: 1px solid var(--line);
-    padding: .3rem 0 } td { padding-block: .05rem; order: 1 } td:nth-child(2) { order: 0 } }
+pre b { color: var(--blue) } .unseen { position: absolute; clip-path: inset(50%) }
+@media (min-width: 62rem) {
+  main { grid-template-columns: 21rem minmax(0, 1fr) }
+  aside { position: sticky; top: 1rem; max-height: calc(100vh - 2rem); overflow: auto;
+    scrollbar-width: thin }
+}
+@media (max-width: 40rem) {  /* a phone: each row on two lines */
+  header, main { padding-inline: .75rem } main, aside { gap: .6rem } #about { margin-left: 0 }
+  svg { height: 2.4rem } thead { display: none }
+  tr { display: grid; grid: auto auto / minmax(0, 1fr) auto; padding: .3rem 0;
+    border-top: 1px solid var(--line) }
+  td { border: 0; order: 1; padding-block: .05rem } td:nth-child(2) { order: 0 }
+  td:first-child, td:last-child { text-align: right } td[colspan] { grid-column: 1 / 3 }
+}
 </style>
-<header><h1>Live API receiver</h1><p id="state" role="status">Connecting</p><p id="about"></p>
-  <p id="said" class="unseen" role="status"></p></header>
+<header><h1>Live API receiver</h1><p id="state" role="status">Connecting</p>
+  <p id="about"></p></header>
 <main><aside aria-label="Overview">
-  <section><h2>Rate <span id="rate"></span></h2>
-    <svg id="chart" role="img" viewBox="0 0 60 10" preserveAspectRatio="none"><path/></svg>
-    <p class="ends"><span>5 minutes ago</span><span>now</span></p></section>
-  <details><summary>Instances <span id="total"></span></summary><div id="instances"></div></details>
-  <details><summary>Types <span>seen by this page</span></summary><div id="types"></div></details>
-</aside><section aria-label="Signals">
-  <div class="bar"><input id="filter" type="search" accesskey="f" aria-label="Filter the signals"
-    placeholder="Filter by any text" autocomplete="off" spellcheck="false">
+  <section><h2>Last 5 minutes <span id="rate"></span></h2>
+    <svg viewBox="0 0 60 10" preserveAspectRatio="none" aria-hidden="true"><path id="bars"/></svg>
+  </section>
+  <details><summary>Instances <span id="stored"></span></summary>
+    <div id="instances"></div></details>
+  <details><summary>Types <span>seen here</span></summary><div id="types"></div></details></aside>
+<section aria-label="Signals"><div class="bar">
+    <input id="filter" type="search" accesskey="f" aria-label="Filter by any text"
+      placeholder="Filter by any text" autocomplete="off" spellcheck="false">
     <button id="pause" accesskey="p" aria-pressed="false">Pause</button></div>
   <table><caption class="unseen">Signals, newest first</caption><thead><tr><th>Time<th>Type
     <th>User or device<th>Instance</thead><tbody id="rows"></tbody></table>
-  <p id="shown">No signal yet</p></section>
-</main>
+  <p id="shown">No signal yet</p><p id="said" class="unseen" role="status"></p></section></main>
 <dialog id="detail" aria-labelledby="title"><div><h2 id="title"></h2><button id="copy">Copy</button>
   <button id="close">Close</button></div><pre id="whole" tabindex="0"></pre></dialog>
 <script>
 'use strict';  // A signal is text that strangers write: it enters this page as text, never as HTML.
 const MEMORY = 10000, CHARACTERS = 64e6, ROWS = 200, BARS = 60, BAR_MS = 5000;
 const $ = id => document.getElementById(id), count = n => n.toLocaleString();
-const el = (tag, set, ...inside) => {
+function el(tag, set, ...inside) {
   const made = Object.assign(document.createElement(tag), set);
   made.append(...inside);
   return made;
-};
+}
 const clock = new Intl.DateTimeFormat([], { hour: '2-digit', minute: '2-digit', second: '2-digit',
   fractionalSecondDigits: 3, hourCycle: 'h23' });
 // Control and direction characters are shown as the escapes that JSON has for them.
@@ -1870,19 +1889,16 @@ const plain = s => s.replace(control, c => '\\u' + c.charCodeAt().toString(16).p
 const brief = value => value == null ? ''
   : plain((typeof value == 'string' ? value : JSON.stringify(value)).slice(0, 200));
 
-let kept = [], characters = 0, latest = 0;  // the signals in memory; the number of the newest
-let words = [], pausedAt = Infinity;  // what the reader asked to see
-let drawn = 0, matching = 0, waiting = 0;  // up to which number the table shows them
-let last = '', connected = false, ahead = 0, unsaid = 0;  // ahead: the receiver's clock less ours
-const seen = new Set(), types = new Map(), bars = new Map();
+const kept = [], seen = new Set(), types = new Map(), bars = new Map();
+let characters = 0, latest = 0, drawn = 0, waiting = 0;  // numbers of the newest, and newest drawn
+let words = [], pausedAt = Infinity, connected = false, unsaid = 0, ahead = 0;
 
-function keep(entry) {
-  kept.push({ ...entry, number: ++latest, hit: false });
+function keep(entry) {  // the newest ones, in bounded memory; drawn soon, many at a time
+  kept.push({ ...entry, number: ++latest });
   characters += entry.line.length;
   while (kept.length > MEMORY || characters > CHARACTERS) {
     const old = kept.shift();
     characters -= old.line.length;
-    matching -= old.hit;
     seen.delete(old.key);
   }
   waiting ||= setTimeout(() => requestAnimationFrame(draw), 80);
@@ -1890,7 +1906,6 @@ function keep(entry) {
 function take(event) {
   const line = event.data, { received_at, instance, id, signal } = JSON.parse(line);
   const key = received_at + instance + id;  // a new connection may bring a line again
-  last = event.lastEventId;
   if (seen.has(key)) return;
   seen.add(key);
   const data = Object(signal.data), when = new Date(received_at), full = brief(signal.type);
@@ -1898,79 +1913,65 @@ function take(event) {
   const who = brief(data.userID) || (data.deviceID ? 'device ' + brief(data.deviceID) : '');
   keep({ line, key, when, instance, full, type, who, time: clock.format(when) });
   const slot = types.has(type) || types.size < 200 ? type : '(other types)';
-  types.set(slot, (types.get(slot) || 0) + 1);
   const bar = Math.floor(when / BAR_MS);
+  types.set(slot, (types.get(slot) || 0) + 1);
   bars.set(bar, (bars.get(bar) || 0) + 1);
   unsaid++;
 }
 function matches(entry) {
-  if (!words.length) return true;
   let text = entry.line + ' ' + entry.time;
-  try {  // what is escaped in the line can also be typed as it reads
-    if (text.includes('\\')) text += JSON.stringify(JSON.parse(entry.line));
-  } catch { }  // nested too deep to be written again
-  text = text.toLowerCase();
+  if (words.length && text.includes('\\')) {  // what is escaped can also be typed as it reads
+    try { text += JSON.stringify(JSON.parse(entry.line)); } catch { }  // if not nested too deep
+  }
+  text = words.length && text.toLowerCase();
   return words.every(word => text.includes(word));
 }
 function row(entry) {
   if (entry.gap) return el('tr', {}, el('td', { colSpan: 4, textContent: entry.gap }));
   const made = el('tr', { entry }, el('td', { textContent: entry.time, title: entry.when }),
     el('td', {}, el('button', { textContent: entry.type, title: entry.full })),
-    el('td', { textContent: entry.who, title: entry.who }), el('td', { textContent: entry.instance }));
-  const hue = [...entry.type.split('.')[0]].reduce((sum, c) => sum * 31 + c.codePointAt(), 7) % 360;
-  made.style.setProperty('--hue', hue);  // a colour for each family of types
+    el('td', { textContent: entry.who, title: entry.who }),
+    el('td', { textContent: entry.instance }));
+  const family = [...entry.type.split('.')[0]];  // each has a colour: the known ones lie well apart
+  const hue = family.reduce((sum, c) => (sum * 115 + c.codePointAt()) % 360, 7);
+  made.style.setProperty('--hue', hue);
   return made;
 }
 function draw() {  // the new ones on top, and never more than ROWS: thousands do not make it slow
-  const fresh = [];
-  for (let i = kept.length; i-- && kept[i].number > drawn;) {
-    if (kept[i].number > pausedAt || !matches(kept[i])) continue;
-    kept[i].hit = true;
-    matching++;
-    if (fresh.length < ROWS) fresh.push(row(kept[i]));
-  }
-  $('rows').prepend(...fresh);
-  while ($('rows').rows.length > ROWS) $('rows').lastChild.remove();
+  const fresh = [], rows = $('rows');
+  for (let i = kept.length; i-- && kept[i].number > drawn && fresh.length < ROWS;)
+    if (kept[i].number <= pausedAt && matches(kept[i])) fresh.push(row(kept[i]));
+  rows.prepend(...fresh);
+  while (rows.rows.length > ROWS) rows.lastChild.remove();
   waiting = 0;
   drawn = Math.min(latest, pausedAt);
   $('pause').textContent = pausedAt < Infinity ? `Resume (${count(latest - drawn)} new)` : 'Pause';
-  $('shown').textContent = `${words.length ? 'Matching' : 'Signals'}: ${count(matching)}`
-    + (matching > ROWS ? `, the newest ${ROWS} shown; the filter finds the others` : '');
+  $('shown').textContent = `${rows.rows.length} shown of the last ${count(kept.length)} signals`;
 }
 function redraw() {
-  for (const entry of kept) entry.hit = false;
-  drawn = matching = 0;
   words = $('filter').value.toLowerCase().split(/\s+/).filter(Boolean);
   $('rows').replaceChildren();
+  drawn = 0;
   draw();
   overview();
 }
 function pretty(line) {  // laid out, but no token is changed: 1e400 and 0.10 stay as they were sent
-  const made = document.createDocumentFragment(), coloured = line.length < 1e5;
-  const tokens = /("[^"\\]*(?:\\.[^"\\]*)*")(\s*:)?|[[{]\s*[\]}]|[[{}\],]|[^\s[{}\],":]+/g;
-  let depth = 0, out = '';
-  const at = step => '\n' + '  '.repeat(Math.min(depth += step, 40));
-  for (const [token, string, colon] of line.matchAll(tokens)) {
-    if (colon && coloured) {
-      made.append(out, el('b', { textContent: plain(string) }));
-      out = ': ';
-    } else if (colon) out += plain(string) + ': ';
-    else if (token == '{' || token == '[') out += token + at(1);
-    else if (token == '}' || token == ']') out += at(-1) + token;
-    else out += token == ',' ? token + at(0) : plain(token);
-  }
-  made.append(out);
-  return made;
+  let depth = 0;
+  const next = step => '\n' + '  '.repeat(Math.min(depth += step, 40));
+  const tokens = /("[^"\\]*(?:\\.[^"\\]*)*")|\s+|[[{]\s*[\]}]|[[{}\],:]/g;
+  return line.replace(tokens, (token, string) => string ? plain(string)
+    : token == '{' || token == '[' ? token + next(1)
+    : token == '}' || token == ']' ? next(-1) + token
+    : token == ',' ? ',' + next(0) : token == ':' ? ': ' : token.trim());
 }
 function overview() {  // the rate and the types
   const first = Math.floor((Date.now() + ahead) / BAR_MS) - BARS + 1;
   for (const bar of bars.keys()) if (bar < first) bars.delete(bar);
   const heights = Array.from({ length: BARS }, (_, i) => bars.get(first + i) || 0);
   const most = Math.max(...heights, 1), sum = heights.reduce((a, b) => a + b);
-  $('chart').firstChild.setAttribute('d',
-    heights.map((n, i) => `M${i} 10v${-9.5 * n / most}h.8V10z`).join(''));
-  $('rate').textContent = `${count(sum)} in all, ${count(most * 1000 / BAR_MS)}/s at most`;
-  $('chart').setAttribute('aria-label', `Signals of the last 5 minutes: ${$('rate').textContent}`);
+  const drawing = heights.map((n, i) => `M${i} 10v${-9.5 * n / most}h.8V10z`).join('');
+  $('bars').setAttribute('d', drawing);
+  $('rate').textContent = `${count(sum)} signals, peak ${count(most * 1000 / BAR_MS)}/s`;
   [...types].sort((a, b) => b[1] - a[1]).forEach(([type, n], i) => {
     const button = $('types').children[i]  // kept, so that the keyboard's focus stays
       || $('types').appendChild(el('button', {}, el('span'), el('span')));
@@ -1979,37 +1980,35 @@ function overview() {  // the rate and the types
     button.setAttribute('aria-pressed', $('filter').value == type);
   });
 }
-const ago = time => {
-  const s = Math.max(0, Math.round((Date.now() + ahead - new Date(time)) / 1000));
-  return s < 60 ? `${s} s ago` : s < 3600 ? `${Math.floor(s / 60)} min ago`
-    : new Date(time).toLocaleString();
-};
-const card = (name, pairs) => el('article', {}, el('h3', { textContent: name }), el('dl', {},
-  ...pairs.flatMap(([label, text, className = '']) => [el('dt', { textContent: label, className }),
-    el('dd', { textContent: text, className })])));
-const refusals = reasons => Object.entries(reasons).map(([why, n]) => [why, count(n), 'bad']);
-
+function ago(time) {
+  const seconds = Math.max(0, Math.round((Date.now() + ahead - new Date(time)) / 1000));
+  return !time ? 'not since the start' : seconds < 60 ? `${seconds} s ago`
+    : seconds < 3600 ? `${Math.floor(seconds / 60)} min ago` : new Date(time).toLocaleString();
+}
 function report(status) {
+  const refusals = reasons => Object.entries(reasons).map(([why, n]) => [why, n, 'bad']);
+  const cards = status.instances.map(it => [it.instance, [['Verified', ago(it.verified_at)],
+    ['Last signal', ago(it.last_signal_at)], ['Stored', it.stored], ['Repeated', it.repeated],
+    ['Set aside', it.set_aside, it.set_aside ? 'bad' : ''], ...refusals(it.refused),
+    ['Segment', `${it.segment}, ${count(Math.ceil(it.segment_bytes / 1024))} KiB`]]]);
+  const others = refusals(status.refused);
+  if (others.length) cards.push(['Refused, of no instance', others]);
+  $('instances').replaceChildren(...cards.flatMap(([name, facts]) => [
+    el('h3', { textContent: name }),
+    el('dl', {}, ...facts.flatMap(([label, value, className = '']) => [
+      el('dt', { textContent: label, className }),
+      el('dd', { textContent: value.toLocaleString(), className })]))]));
+  const stored = status.instances.reduce((sum, it) => sum + it.stored, 0);
+  $('stored').textContent = count(stored) + ' stored';
   $('about').textContent = `${status.endpoint}, version ${status.version}, since `
     + new Date(status.started_at).toLocaleString();
-  const cards = status.instances.map(it => card(it.instance, [
-    ['Verified', it.verified_at ? ago(it.verified_at) : 'not since the start'],
-    ['Last signal', it.last_signal_at ? ago(it.last_signal_at) : 'none since the start'],
-    ['Stored', count(it.stored)], ['Repeated', count(it.repeated)],
-    ['Set aside', count(it.set_aside), it.set_aside ? 'bad' : ''], ...refusals(it.refused),
-    ['Segment', `${it.segment}, ${count(Math.ceil(it.segment_bytes / 1024))} KiB`]]));
-  const others = refusals(status.refused);
-  if (others.length) cards.push(card('Refused, of no instance', others));
-  const made = el('div', {}, ...cards), total = key => status.instances.reduce((n, it) => n + it[key], 0);
-  if (made.textContent != $('instances').textContent) $('instances').replaceChildren(...made.children);
-  $('total').textContent = `${count(total('stored'))} stored`;
 }
 async function look() {
   if (document.hidden) return;
   let status;
   try {
     const answer = await fetch('/status', { signal: AbortSignal.timeout(5000) });
-    ahead = Date.parse(answer.headers.get('date')) - Date.now() || 0;
+    ahead = Date.parse(answer.headers.get('date')) - Date.now() || 0;  // the receiver's clock
     report(status = await answer.json());
   } catch { }  // the next line says so
   const [name, text] = !status || !connected ? ['', 'No connection, trying again']
@@ -2019,8 +2018,8 @@ async function look() {
   document.title = (name == 'ok' ? '' : '(!) ') + 'Live API receiver';
   overview();
 }
-function connect() {  // the browser comes back by itself with Last-Event-ID, but not after a refusal
-  const stream = new EventSource('/signals' + (last && '?after=' + last));
+function connect() {  // the browser comes back by itself with Last-Event-ID, unless it is refused
+  const stream = new EventSource('/signals');
   stream.onopen = () => { connected = true; look(); };
   stream.onerror = () => {
     connected = false;
@@ -2028,11 +2027,10 @@ function connect() {  // the browser comes back by itself with Last-Event-ID, bu
     if (stream.readyState == EventSource.CLOSED) setTimeout(connect, 2000);
   };
   stream.onmessage = take;
-  stream.addEventListener('skipped', event => keep({ line: '', key: '', gap:
+  stream.addEventListener('skipped', event => keep({ line: '', gap:
     `${count(JSON.parse(event.data).skipped)} signals skipped: this page was too slow for them` }));
 }
 $('filter').oninput = redraw;
-$('filter').onkeydown = event => { if (event.key == 'Escape') $('filter').value = '', redraw(); };
 $('types').onclick = event => {
   const type = event.target.closest('button')?.title;
   if (type) $('filter').value = $('filter').value == type ? '' : type, redraw();
@@ -2045,8 +2043,10 @@ $('pause').onclick = () => {
 $('rows').onclick = event => {
   const entry = event.target.closest('tr').entry;
   if (!entry) return;
+  const pieces = pretty(entry.line).split(/^( *"[^"\\]*(?:\\.[^"\\]*)*")(?=: )/m);
+  $('whole').replaceChildren(...pieces.length > 5000 ? [pieces.join('')]
+    : pieces.map((piece, i) => i % 2 ? el('b', { textContent: piece }) : piece));
   $('title').textContent = entry.full || entry.type;
-  $('whole').replaceChildren(pretty(entry.line));
   $('copy').onclick = () => navigator.clipboard.writeText(entry.line);
   $('detail').showModal();
 };
@@ -2055,9 +2055,9 @@ $('rows').onkeydown = event => {  // the arrows go from row to row
   const button = go && event.target.closest('tr')[go]?.querySelector('button');
   if (button) button.focus(), event.preventDefault();
 };
-$('detail').onclick = event => { if (event.target == $('detail')) $('detail').close(); };
 $('close').onclick = () => $('detail').close();
-for (const details of document.querySelectorAll('details')) details.open = innerWidth > 640;
+$('detail').onclick = event => { if (event.target == $('detail')) $('detail').close(); };
+for (const part of document.querySelectorAll('details')) part.open = innerWidth > 640;
 document.onvisibilitychange = look;
 setInterval(look, 2000);
 setInterval(() => {  // a screen reader is told now and then, not of each signal
@@ -2065,7 +2065,6 @@ setInterval(() => {  // a screen reader is told now and then, not of each signal
   unsaid = 0;
 }, 15000);
 connect();
-look();
 </script>
 """
 
@@ -2507,7 +2506,12 @@ def serve(settings: Settings) -> int:
 def open_store(settings: Settings, figures: Figures) -> Store:
     directory = settings.signals
     try:
+        made = [each for each in (directory, *directory.parents) if not each.exists()]
         directory.mkdir(parents=True, exist_ok=True)
+        for each in made:  # a power loss must not take the directory with what is in it
+            fd = os.open(each.parent, os.O_RDONLY)
+            os.fsync(fd)
+            os.close(fd)
         return Store(Disk(directory), settings, figures)
     except BlockingIOError:
         raise OperatorError(f"another server is using {directory}: give this one its own") from None

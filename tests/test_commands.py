@@ -35,7 +35,6 @@ OPTIONS = {
     "--dedupe": "65536",
     "--console": "",
     "--access-log": "",
-    "--version": "",
 }
 TYPES = """application.Install application.Registration application.Uninstall application.Upgrade
 application.Open application.Close application.Exception push.Registration notification.Sent
@@ -161,12 +160,14 @@ def test_version_is_printed_with_status_0() -> None:
 
 
 def test_serves_help_explains_every_option_and_its_default() -> None:
-    result = run("serve", "--help")
+    result = run("serve", "--help", env={"COLUMNS": "200"})
     assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.partition("options:")[2].splitlines()
+    explained = {line.split()[0]: line for line in lines if line.strip().startswith("--")}
+    assert set(OPTIONS) <= set(explained)
     for option, default in OPTIONS.items():
-        found = re.search(rf"^\s*.*{option}\b(?:.*\n)+?(?=\s*-|\s*$|\Z)", result.stdout, re.M)
-        assert found, f"{option} is not explained"
-        assert default in result.stdout
+        assert len(explained[option].split()) > 4, f"{option} is not explained"
+        assert default in explained[option]
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"]])
@@ -584,13 +585,13 @@ def test_it_says_what_to_install_where_cryptography_is_missing(tmp_path: Path) -
 
 
 def test_the_script_metadata_and_the_project_ask_for_the_same(tmp_path: Path) -> None:
-    import tomllib  # noqa: PLC0415  (one test's need)
+    import tomllib
 
-    block = re.search(r"(?m)^# /// script$\s(?P<text>(?:^#(?:| .*)$\s)+)^# ///$", PROGRAM.read_text())
-    assert block
-    script = tomllib.loads(
-        "".join(line[2:] + "\n" for line in block["text"].splitlines())
+    block = re.search(
+        r"(?m)^# /// script$\s(?P<text>(?:^#(?:| .*)$\s)+)^# ///$", PROGRAM.read_text()
     )
+    assert block
+    script = tomllib.loads("".join(line[2:] + "\n" for line in block["text"].splitlines()))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert script["dependencies"] == project["dependencies"]
     assert script["requires-python"] == project["requires-python"]

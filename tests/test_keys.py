@@ -59,7 +59,9 @@ def test_the_ready_line_names_the_instances_and_the_url(start: Callable[..., Rec
     assert "news.app_2-x" in line
 
 
-@pytest.mark.parametrize("around", ["{}\n", "{}", "{}\r\n", " {}\t\n\n", "\n\n  {}  \r\n"], ids=repr)
+@pytest.mark.parametrize(
+    "around", ["{}\n", "{}", "{}\r\n", " {}\t\n\n", "\n\n  {}  \r\n"], ids=repr
+)
 def test_white_space_around_a_key_is_ignored(
     start: Callable[..., Receiver], tmp_path: Path, around: str
 ) -> None:

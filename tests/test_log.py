@@ -581,7 +581,18 @@ def test_the_answer_leaves_after_the_sync_of_the_line_that_holds_it(
         "--segment-bytes",
         "300",
         # -D: strace stands aside, and the receiver itself is our child.
-        wrapper=("strace", "-D", "-f", "-y", "-s", "4096", "-o", str(trace), "-e", f"trace={calls}"),
+        wrapper=(
+            "strace",
+            "-D",
+            "-f",
+            "-y",
+            "-s",
+            "4096",
+            "-o",
+            str(trace),
+            "-e",
+            f"trace={calls}",
+        ),
     )
     payloads = [signal_payload() for _ in range(4)]
     for payload in payloads:

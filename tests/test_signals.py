@@ -16,8 +16,17 @@ import pytest
 from harness import ACCEPTED, Answer, Pair, Receiver, b64url, payload_id, signal_payload
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peers import (
+    Wire,
+    body_of,
+    content_key,
+    exchange,
+    post_bytes,
+    request_bytes,
+    stored_ids,
+    stored_text,
+)
 from test_verify import VECTOR
-from peers import Wire, body_of, content_key, exchange, post_bytes, request_bytes, stored_text
 
 OTHER = Pair("other-app")
 
@@ -41,7 +50,7 @@ def refused(answer: Answer, status: int, body: dict[str, str] | None = None) -> 
 
 def nothing_stored(receiver: Receiver, payload: bytes) -> None:
     for stem in (VECTOR.name, OTHER.name, f"{VECTOR.name}.rejected", f"{OTHER.name}.rejected"):
-        assert payload_id(payload) not in receiver.ids(stem)
+        assert payload_id(payload) not in stored_ids(receiver, stem)
 
 
 # --- The Requests table -----------------------------------------------------------------------
@@ -98,7 +107,7 @@ def test_the_same_signal_again_is_answered_alike_and_not_stored_twice(shared: Re
     payload = signal_payload()
     first, second = shared.post(VECTOR, payload), shared.post(VECTOR, payload)
     assert (second.status, second.body) == (first.status, first.body)
-    assert shared.ids("vector").count(payload_id(payload)) == 1
+    assert stored_ids(shared, "vector").count(payload_id(payload)) == 1
 
 
 @pytest.mark.parametrize(
@@ -161,9 +170,7 @@ def test_one_changed_byte_of_the_body_is_a_wrong_signature(shared: Receiver) -> 
     payload = signal_payload()
     headers = VECTOR.headers(payload)
     tampered = payload.replace(b"My Service", b"my Service")
-    refused(
-        shared.request("POST", "/live", tampered, headers), 400, {"error": "invalid signature"}
-    )
+    refused(shared.request("POST", "/live", tampered, headers), 400, {"error": "invalid signature"})
     nothing_stored(shared, tampered)
 
 
@@ -202,7 +209,7 @@ def test_the_path_decides_and_a_query_is_ignored(shared: Receiver) -> None:
     payload = signal_payload()
     answer = shared.request("POST", "/live?x=1&challenge=y", payload, VECTOR.headers(payload))
     assert answer.json == ACCEPTED
-    assert payload_id(payload) in shared.ids("vector")
+    assert payload_id(payload) in stored_ids(shared, "vector")
     assert shared.request("GET", "/status?x=1").json == {"status": "ok"}
 
 
@@ -291,7 +298,7 @@ def test_a_body_of_exactly_the_limit_is_stored(small: Receiver) -> None:
 def test_a_body_one_byte_over_the_limit_is_too_large(small: Receiver) -> None:
     payload = sized(1001)
     refused(small.post(VECTOR, payload), 413)
-    assert payload_id(payload) not in small.ids("vector")
+    assert payload_id(payload) not in stored_ids(small, "vector")
 
 
 def test_a_chunked_body_over_the_limit_is_too_large(small: Receiver) -> None:
@@ -372,7 +379,7 @@ def test_a_body_that_does_not_arrive_in_time_is_408(small: Receiver) -> None:
         refused(wire.answer(), 408)
         assert wire.closed()
     assert 0.8 < time.monotonic() - began < 5
-    assert payload_id(payload) not in small.ids("vector")
+    assert payload_id(payload) not in stored_ids(small, "vector")
 
 
 def test_headers_that_do_not_arrive_in_time_are_408(small: Receiver) -> None:
@@ -411,7 +418,7 @@ def test_one_connection_carries_many_signals(shared: Receiver) -> None:
     for payload in payloads:
         assert shared.post(VECTOR, payload, connection=connection).json == ACCEPTED
     connection.close()
-    assert {payload_id(p) for p in payloads} <= set(shared.ids("vector"))
+    assert {payload_id(p) for p in payloads} <= set(stored_ids(shared, "vector"))
 
 
 def test_an_error_of_the_application_leaves_the_connection_open(shared: Receiver) -> None:
@@ -489,7 +496,7 @@ def test_http_1_0_is_served_and_closed(shared: Receiver) -> None:
         wire.send(request_bytes("POST", "/live", VECTOR.headers(payload), payload, "HTTP/1.0"))
         assert wire.answer().json == ACCEPTED
         assert wire.closed()
-    assert payload_id(payload) in shared.ids("vector")
+    assert payload_id(payload) in stored_ids(shared, "vector")
 
 
 def test_connection_close_is_honoured(shared: Receiver) -> None:
@@ -507,7 +514,7 @@ def test_a_post_with_neither_length_nor_chunks_has_an_empty_body(shared: Receive
         assert answer.status == 200
         assert answer.json["message"].startswith("set aside: ")
         assert wire.answer().json == {"status": "ok"}
-    assert payload_id(b"") in shared.ids("vector.rejected")
+    assert payload_id(b"") in stored_ids(shared, "vector.rejected")
 
 
 MALFORMED = {
@@ -696,8 +703,9 @@ DOCUMENTS = st.dictionaries(
     st.text(max_size=10),
     st.recursive(
         SCALARS,
-        lambda inner: st.lists(inner, max_size=4)
-        | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+        lambda inner: (
+            st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+        ),
         max_leaves=12,
     ),
     max_size=5,
@@ -733,7 +741,7 @@ def test_random_bytes_are_stored_or_set_aside_as_json_says(shared: Receiver, bod
     except ValueError:
         is_signal = False
     stem = "vector" if is_signal else "vector.rejected"
-    assert shared.ids(stem).count(payload_id(body)) == 1
+    assert stored_ids(shared, stem).count(payload_id(body)) == 1
     assert (answer.json == ACCEPTED) == is_signal
 
 
@@ -807,14 +815,14 @@ def test_an_unreadable_message_is_set_aside_whole(shared: Receiver, case: str) -
     assert list(line) == ["received_at", "instance", "id", "reason", "body_base64"]
     assert (line["instance"], line["reason"]) == ("other-app", why)
     assert body_of(line) == body
-    assert payload_id(body) not in shared.ids("other-app")
+    assert payload_id(body) not in stored_ids(shared, "other-app")
 
 
 def test_an_unreadable_message_is_kept_once(shared: Receiver) -> None:
     body = signal_payload()[:-1]
     first, second = shared.post(VECTOR, body), shared.post(VECTOR, body)
     assert (first.status, first.body) == (second.status, second.body)
-    assert shared.ids("vector.rejected").count(payload_id(body)) == 1
+    assert stored_ids(shared, "vector.rejected").count(payload_id(body)) == 1
 
 
 def test_an_encrypted_message_that_is_not_json_is_set_aside_as_it_was_sent(
@@ -936,15 +944,15 @@ def test_the_content_type_is_compared_as_a_media_type(shared: Receiver, kind: st
 def test_a_jwe_under_another_content_type_is_not_decrypted(shared: Receiver) -> None:
     body = VECTOR.encrypt(signal_payload())
     assert shared.post(VECTOR, body).json["message"].startswith("set aside: ")
-    assert payload_id(body) in shared.ids("vector.rejected")
+    assert payload_id(body) in stored_ids(shared, "vector.rejected")
 
 
 # --- Another party's JOSE library -------------------------------------------------------------
 
 
 def joserfc_encrypts(pair: Pair, payload: bytes) -> bytes:
-    from joserfc import jwe  # noqa: PLC0415  (only these tests need it)
-    from joserfc.jwk import OctKey  # noqa: PLC0415
+    from joserfc import jwe
+    from joserfc.jwk import OctKey
 
     header = {"alg": "dir", "enc": "A256GCM", "kid": pair.public}
     return jwe.encrypt_compact(header, payload, OctKey.import_key(content_key(pair))).encode()

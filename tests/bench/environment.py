@@ -83,7 +83,7 @@ def receiver_python(wanted: str) -> Path:
         raise SystemExit(f"--python {wanted}: there is no such program")
     probe = [python, "-c", "import cryptography"]
     if subprocess.run(probe, check=False, capture_output=True).returncode == 0:
-        return Path(python)
+        return Path(python).absolute()  # not resolved: a link in a venv stands for the venv
     tag = run(python, "-c", "import sysconfig; print(sysconfig.get_config_var('SOABI'))").strip()
     home = CACHE / f"receiver-{tag}"
     if not (home / "installed").exists():

@@ -24,7 +24,7 @@ FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 def readme_examples(language: str) -> list[str]:
     """The fenced blocks of the README's section on scale that are in `language`."""
-    text = Path(os.environ.get("README", ROOT / "README.md")).read_text()
+    text = Path(os.environ.get("SCALE_README", ROOT / "README.md")).read_text()
     assert HEADING in text, f"the README has no section {HEADING!r}"
     section = re.split(r"^## ", text.split(HEADING, 1)[1], maxsplit=1, flags=re.MULTILINE)[0]
     return [body for tag, body in FENCED.findall(section) if tag == language]
@@ -46,8 +46,12 @@ def need(program: str, package: str) -> str:
 
 
 def python_with(module: str) -> str:
-    """A Python that has `module`: $SCALE_PYTHON or this one. Engines needn't be in our own venv."""
-    python = os.environ.get("SCALE_PYTHON", sys.executable)
+    """A Python that has `module`: $SCALE_PYTHON, .venv-scale or this one.
+
+    Spark alone is larger than all else that the tests need, so it may have a venv of its own.
+    """
+    own = ROOT / ".venv-scale/bin/python"
+    python = os.environ.get("SCALE_PYTHON") or str(own if own.exists() else sys.executable)
     tried = subprocess.run([python, "-c", f"import {module}"], capture_output=True, check=False)
     if tried.returncode:
         pytest.skip(f"{python} has no {module}: pip install {module}, or set SCALE_PYTHON")
