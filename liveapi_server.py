@@ -2606,21 +2606,24 @@ class LiveAPI:
         headers = {PUBLIC_KEY.decode(): instance.public_key.decode()}
         return self.call("GET", "challenge=" + quote(challenge, safe=""), None, headers)
 
-    def post(self, instance: Instance, body: bytes, **replaced: str | None) -> tuple[int, bytes]:
-        """POST a body with the instance's signature; `replaced` may change or drop a header."""
+    def post(
+        self,
+        instance: Instance,
+        body: bytes,
+        *,
+        encrypted: bool = False,
+        signature: bytes | None = None,
+        public_key: str | None = None,
+    ) -> tuple[int, bytes]:
+        """POST a signal, signed and labelled rightly unless told otherwise; b"": not signed."""
+        body = instance.encrypt(body) if encrypted else body
         headers = {
-            "content_type": "application/json",
-            "public_key": instance.public_key.decode(),
-            "signature": instance.sign(body).decode(),
-            **replaced,
+            "Content-Type": f"application/{'jose' if encrypted else 'json'}",
+            PUBLIC_KEY.decode(): public_key or instance.public_key.decode(),
         }
-        names = {
-            "content_type": "content-type",
-            "public_key": PUBLIC_KEY.decode(),
-            "signature": SIGNATURE.decode(),
-        }
-        sent = {names[key]: value for key, value in headers.items() if value is not None}
-        return self.call("POST", "", body, sent)
+        if signature != b"":
+            headers[SIGNATURE.decode()] = (signature or instance.sign(body)).decode()
+        return self.call("POST", "", body, headers)
 
 
 def make_signal(kind: str) -> bytes:
@@ -2645,12 +2648,19 @@ class Table:
         self.failed = 0
         self.colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
-    def row(self, what: str, call: Callable[[], tuple[int, bytes]],
-            expected: Callable[[int, bytes], bool]) -> bool:  # fmt: skip
+    def row(
+        self,
+        what: str,
+        expected: tuple[int, bytes],
+        call: Callable[..., tuple[int, bytes]],
+        *args: Any,
+        **more: Any,
+    ) -> bool:
+        """Make a call and print what came of it; True if the answer is as expected."""
         started = time.monotonic()
         try:
-            status, body = call()
-            ok = expected(status, body)
+            status, body = call(*args, **more)
+            ok = (status, body) == expected
             answer = f"{status} {body[:60].decode('utf-8', 'backslashreplace')}"
         except (OSError, http.client.HTTPException) as error:
             ok, answer = False, f"no answer: {getattr(error, 'strerror', None) or error!r}"
@@ -2664,8 +2674,8 @@ class Table:
         return ok
 
 
-def is_accepted(status: int, body: bytes) -> bool:
-    return (status, body) == (200, ACCEPTED.body)
+def _expect(answer: Answer) -> tuple[int, bytes]:
+    return answer.status, answer.body
 
 
 def check(url: str, keys: Path, name: str | None, *, insecure: bool) -> int:
@@ -2676,38 +2686,23 @@ def check(url: str, keys: Path, name: str | None, *, insecure: bool) -> int:
     if not chosen:
         known = ", ".join(each.name for each in instances)
         raise OperatorError(f"no instance {name} in {keys}: there is {known}")
-    table = Table()
-    for instance in chosen:
+    table, accepted = Table(), _expect(ACCEPTED)
+    for its in chosen:
         api = LiveAPI(url, insecure=insecure)
-
-        def refused_with(answer: Answer) -> Callable[[int, bytes], bool]:
-            return lambda status, body: (status, body) == (answer.status, answer.body)
-
-        def try_all(api: LiveAPI = api, instance: Instance = instance) -> None:
-            challenge = secrets.token_urlsafe(24) + " +/="
-            proof = instance.sign(challenge.encode())
-            body = make_signal("custom.liveapi_check")
-            jwe = instance.encrypt(make_signal("custom.liveapi_check"))
-            rows: list[tuple[str, Callable[[], tuple[int, bytes]], Callable[[int, bytes], bool]]] = [
-                ("Verify: a challenge", lambda: api.verify(instance, challenge),
-                 lambda status, answer: (status, answer) == (200, proof)),
-                ("a signed signal", lambda: api.post(instance, body), is_accepted),
-                ("the same signal again", lambda: api.post(instance, body), is_accepted),
-                ("an encrypted signal",
-                 lambda: api.post(instance, jwe, content_type="application/jose"), is_accepted),
-                ("a tampered body",
-                 lambda: api.post(instance, body + b" ", signature=instance.sign(body).decode()),
-                 refused_with(WRONG_SIGNATURE)),
-                ("an unsigned body", lambda: api.post(instance, body, signature=None),
-                 refused_with(MISSING)),
-                ("an unknown public key",
-                 lambda: api.post(instance, body, public_key=secrets.token_hex(32)),
-                 refused_with(UNKNOWN_KEY)),
-            ]  # fmt: skip
-            for what, call, expected in rows:
-                table.row(f"{instance.name}: {what}", call, expected)
-
-        try_all()
+        challenge = secrets.token_urlsafe(24) + " +/="
+        first, second = (make_signal("custom.liveapi_check") for _ in range(2))
+        signed = {"signature": its.sign(first)}
+        proof = 200, its.sign(challenge.encode())
+        stranger = {"public_key": secrets.token_hex(32)}
+        wrong, missing = _expect(WRONG_SIGNATURE), _expect(MISSING)
+        row, who = table.row, its.name
+        row(f"{who}: Verify: a challenge", proof, api.verify, its, challenge)
+        row(f"{who}: a signed signal", accepted, api.post, its, first)
+        row(f"{who}: the same signal again", accepted, api.post, its, first)
+        row(f"{who}: an encrypted signal", accepted, api.post, its, second, encrypted=True)
+        row(f"{who}: a tampered body", wrong, api.post, its, first + b" ", **signed)
+        row(f"{who}: an unsigned body", missing, api.post, its, first, signature=b"")
+        row(f"{who}: an unknown public key", _expect(UNKNOWN_KEY), api.post, its, first, **stranger)
     return 1 if table.failed else 0
 
 
@@ -2752,15 +2747,13 @@ def _play_demo(
     api, table = LiveAPI(url), Table()
     challenge = secrets.token_urlsafe(24)
     proof = instance.sign(challenge.encode())
-    table.row("Verify: a challenge", lambda: api.verify(instance, challenge),
-              lambda status, body: (status, body) == (200, proof))  # fmt: skip
+    table.row("Verify: a challenge", (200, proof), api.verify, instance, challenge)
     acknowledged = []
     for kind in DOCUMENTED_TYPES:
         for encrypted in (False, True):
             payload = make_signal(kind)
-            what = f"{kind}{', encrypted' if encrypted else ''}"
-            call = functools.partial(_send, api, instance, payload, encrypted)
-            if table.row(what, call, is_accepted):
+            what = f"{kind}, encrypted" if encrypted else kind
+            if table.row(what, _expect(ACCEPTED), api.post, instance, payload, encrypted=encrypted):
                 acknowledged.append(message_id(payload))
     path = directory / "signals" / f"{instance.name}.jsonl"
     lines = path.read_bytes().splitlines()
@@ -2775,15 +2768,9 @@ def _play_demo(
         print(f"the console: {page}\nsignals keep coming; end it with Ctrl-C", flush=True)
         while process.poll() is None:
             kind = secrets.choice(DOCUMENTED_TYPES)
-            _send(api, instance, make_signal(kind), secrets.randbelow(5) == 0)
+            api.post(instance, make_signal(kind), encrypted=secrets.randbelow(5) == 0)
             time.sleep(0.1 + secrets.randbelow(900) / 1000)
     return 1 if missing or table.failed else 0
-
-
-def _send(api: LiveAPI, instance: Instance, payload: bytes, encrypted: bool) -> tuple[int, bytes]:
-    if encrypted:
-        return api.post(instance, instance.encrypt(payload), content_type="application/jose")
-    return api.post(instance, payload)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -2810,16 +2797,16 @@ def _parser() -> argparse.ArgumentParser:
                 flag, metavar=meta["metavar"], type=meta["type"], default=default, help=shown
             )
     text = "play the Live API's side against an endpoint: is it set up right?"
-    checking = commands.add_parser("check", help=text, description=text, allow_abbrev=False)
-    checking.add_argument("url", metavar="URL", help="the endpoint, as the Dashboard has it")
-    checking.add_argument("--keys", metavar="DIR", type=Path, default=Path("keys"),
-                          help="the key pairs (default: keys)")  # fmt: skip
-    checking.add_argument("--instance", metavar="NAME", help="only this instance")
-    checking.add_argument("--insecure", action="store_true", help="trust any certificate")
+    command = commands.add_parser("check", help=text, description=text, allow_abbrev=False)
+    command.add_argument("url", metavar="URL", help="the endpoint, as the Dashboard has it")
+    text = "the key pairs (default: keys)"
+    command.add_argument("--keys", metavar="DIR", type=Path, default=Path("keys"), help=text)
+    command.add_argument("--instance", metavar="NAME", help="only this instance")
+    command.add_argument("--insecure", action="store_true", help="trust any certificate")
     text = "see it work: no keys, no account, one command"
-    demonstrating = commands.add_parser("demo", help=text, description=text, allow_abbrev=False)
-    demonstrating.add_argument("--console", action="store_true",
-                               help="go on with signals trickling in, and show the console")  # fmt: skip
+    command = commands.add_parser("demo", help=text, description=text, allow_abbrev=False)
+    text = "go on with signals trickling in, and show the console"
+    command.add_argument("--console", action="store_true", help=text)
     parser.epilog = "Options of serve, the default command: liveapi_server.py serve --help"
     return parser
 

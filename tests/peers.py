@@ -283,7 +283,7 @@ def serve_endpoint(endpoint: Endpoint) -> Iterator[Endpoint]:
 
 
 def at_once(count: int, act: Callable[[int], Any], within: float = 60) -> list[Any]:
-    """What `act(0)` ... `act(count - 1)` give, all begun at the same moment in their own threads."""
+    """What `act(0)` ... `act(count - 1)` give, all begun at the same moment, each in a thread."""
     gate = threading.Barrier(count)
     results: list[Any] = [None] * count
 

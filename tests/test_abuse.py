@@ -279,7 +279,7 @@ def trusting() -> ssl.SSLContext:
 
 
 def duration() -> float:
-    return 15 if FULL else 1.5
+    return 15 if FULL else 0.8
 
 
 # A crowd beside an honest client
@@ -430,7 +430,7 @@ def test_as_many_deaf_clients_as_may_connect_do_not_keep_a_signal_out(
             for _ in range(60):
                 wire.send(STATUS * 500)
     try:
-        honest.keep_on(3)
+        honest.keep_on(max(1, duration()))
     finally:
         for sock in deaf:
             sock.close()
@@ -501,12 +501,12 @@ def test_a_piece_more_costs_the_same_however_much_has_come(
     vitals = Vitals(receiver)
 
     def cost(before: bytes) -> float:
-        """Processor seconds for 1,500 pieces, each in a packet of its own."""
+        """Processor seconds for 800 pieces, each in a packet of its own."""
         with Wire(receiver.port) as wire:
             wire.send(before)
             time.sleep(0.2)
             began = vitals.cpu()
-            for _ in range(1500):
+            for _ in range(800):
                 wire.send(piece)
                 time.sleep(0.0003)
             time.sleep(0.1)
@@ -515,7 +515,7 @@ def test_a_piece_more_costs_the_same_however_much_has_come(
     whole = begun(pair, framing) if framing else b""
     start = cost(whole or HEAD + b"A: ")
     end = cost(whole + opening)
-    assert end < start * 2 + 0.1, f"{start:.2f} s at the start, {end:.2f} s at the end"
+    assert end < start * 2 + 0.06, f"{start:.2f} s at the start, {end:.2f} s at the end"
 
 
 def test_clients_that_vanish_leave_nothing_behind(
@@ -581,7 +581,7 @@ def test_out_of_file_descriptors_it_goes_on_serving_without_a_busy_loop(
     for _ in range(150):
         held.append(socket.create_connection(("127.0.0.1", receiver.port), 5))
         held[-1].sendall(b"GET /st")
-    assert busy(vitals, 2) < 0.3
+    assert busy(vitals, 1) < 0.3
     for _ in range(5):
         honest.post()
     assert max(honest.times) < 10
@@ -592,7 +592,7 @@ def test_out_of_file_descriptors_it_goes_on_serving_without_a_busy_loop(
     for _ in range(50):
         honest.post()
     assert statistics.median(honest.times[slow:]) < 0.1
-    assert busy(vitals, 1) < 0.1
+    assert busy(vitals, 0.5) < 0.1
 
 
 @pytest.mark.skipif(
@@ -616,7 +616,7 @@ def test_out_of_threads_it_goes_on_serving_without_a_busy_loop(pair: Pair) -> No
                 held.append(socket.create_connection(("127.0.0.1", receiver.port), 5))
                 held[-1].sendall(b"GET /st")
             assert vitals.now()[0] <= 24
-            assert busy(vitals, 2) < 0.3
+            assert busy(vitals, 1) < 0.3
             for _ in range(5):
                 honest.post()
             assert max(honest.times) < 10
@@ -627,7 +627,7 @@ def test_out_of_threads_it_goes_on_serving_without_a_busy_loop(pair: Pair) -> No
             for _ in range(50):
                 honest.post()
             assert statistics.median(honest.times[slow:]) < 0.1
-            assert busy(vitals, 1) < 0.1
+            assert busy(vitals, 0.5) < 0.1
             assert receiver.stop() == 0
             assert "Traceback" not in "\n".join(receiver.log), receiver.log
         finally:
@@ -761,15 +761,15 @@ def test_a_silent_connection_is_closed_in_time(calm: Callable[..., Receiver]) ->
 def test_idle_time_between_requests_is_no_part_of_the_timeout(
     calm: Callable[..., Receiver],
 ) -> None:
-    receiver = calm("--timeout", "1", "--keepalive", "3")
+    receiver = calm("--timeout", "1", "--keepalive", "2")
     with Wire(receiver.port) as wire:
         for _ in range(2):
             wire.send(STATUS)
             assert wire.answer().status == 200
-            time.sleep(1.6)
+            time.sleep(1.3)
         began = time.monotonic()
         assert wire.ends(), "an idle connection is closed without a word"
-        assert time.monotonic() - began < 2.5
+        assert time.monotonic() - began < 2
 
 
 def test_a_second_request_has_its_own_time(calm: Callable[..., Receiver]) -> None:

@@ -1,7 +1,7 @@
 """The promise that matters most: what was acknowledged is on disk once, whatever ends the process.
 
-LIVEAPI_TEST_KILLS and LIVEAPI_TEST_TERMS set how often it is ended (20 and 5 unless told otherwise),
-LIVEAPI_TEST_SEED the moments at which it happens.
+LIVEAPI_TEST_KILLS and LIVEAPI_TEST_TERMS set how often it is ended (20 and 5 unless told
+otherwise), LIVEAPI_TEST_SEED the moments at which it happens.
 """
 
 from __future__ import annotations

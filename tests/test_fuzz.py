@@ -26,7 +26,7 @@ from liveapi_server import Head, Refusal, RequestParser, parse_head
 FULL = bool(os.environ.get("LIVEAPI_FULL"))
 PARSED = 900_000 if FULL else 15_000  # requests for the parser alone
 SENT = 100_000 if FULL else 2_000  # requests over sockets
-EXAMPLES = 5_000 if FULL else 300  # of each hypothesis test
+EXAMPLES = 3_000 if FULL else 300  # of each hypothesis test
 MAX_BODY = 1000
 SHORT = settings(
     max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None

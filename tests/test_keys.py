@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -250,21 +251,35 @@ def test_sighup_replaces_a_pair_and_a_repeat_is_still_known(receiver: Receiver, 
     assert len(receiver.lines(pair.name)) == 1
 
 
+@pytest.fixture(scope="module")
+def lasting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Receiver]:
+    """One receiver that is told to reload one fault after the other."""
+    receiver = Receiver(tmp_path_factory.mktemp("reload"), pairs=(OLD,))
+    yield receiver
+    receiver.kill()
+
+
+OLD = Pair("my-app")
+
+
 @pytest.mark.parametrize("case", FAULTY)
 def test_faulty_keys_on_sighup_leave_the_old_ones_in_force_and_the_log_says_why(
-    start: Callable[..., Receiver], tmp_path: Path, case: str
+    lasting: Receiver, case: str
 ) -> None:
-    old = Pair("my-app")
-    receiver = start(pairs=(old,))
     files, named = FAULTY[case]
-    Pair("newcomer").write(receiver.keys)
-    write(receiver.keys, **files)
-    before = len(receiver.log)
-    receiver.signal(signal.SIGHUP)
-    receiver.wait_for_log(named.replace(".", r"\."), 10, before)
-    assert receiver.verify(old).body.decode() == old.sign(b"a challenge")
-    assert receiver.post(old, signal_payload()).status == 200
-    assert not any("Traceback" in line for line in receiver.log)
+    newcomer = Pair("newcomer").write(lasting.keys)
+    write(lasting.keys, **files)
+    before = len(lasting.log)
+    lasting.signal(signal.SIGHUP)
+    try:
+        lasting.wait_for_log(re.escape(named), 10, before)
+    finally:
+        for name in files:
+            (lasting.keys / name).unlink()
+    assert lasting.verify(OLD).body.decode() == OLD.sign(b"a challenge")
+    assert lasting.verify(newcomer).status == 400
+    assert lasting.post(OLD, signal_payload()).status == 200
+    assert not any("Traceback" in line for line in lasting.log)
 
 
 def test_a_keys_directory_that_went_away_leaves_the_old_keys_in_force(

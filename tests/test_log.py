@@ -367,8 +367,9 @@ def an_earlier_day(path: Path, lines: bytes) -> None:
     os.utime(path, (then, then))
 
 
-def stored_yesterday(payload: bytes) -> bytes:
-    day = datetime.datetime.now(UTC) - datetime.timedelta(days=1)
+def stored_now(payload: bytes, days_ago: int = 0) -> bytes:
+    """A whole line, as an earlier run left it."""
+    day = datetime.datetime.now(UTC) - datetime.timedelta(days=days_ago)
     return b'{"received_at":"%s","instance":"my-app","id":"%s","signal":%s}\n' % (
         day.strftime("%Y-%m-%dT%H:%M:%S.%fZ").encode(),
         payload_id(payload).encode(),
@@ -380,7 +381,7 @@ def test_a_segment_found_open_from_an_earlier_day_is_closed_at_the_start(
     start: Callable[..., Receiver], tmp_path: Path, pair: Pair
 ) -> None:
     payload, fresh = signal_payload(), signal_payload()
-    left = stored_yesterday(payload)
+    left = stored_now(payload, days_ago=1)
     an_earlier_day(tmp_path / "signals" / "my-app.jsonl", left)
     began = time.time()
     receiver = start()
@@ -468,26 +469,23 @@ TAILS = {
 }
 
 
-@pytest.mark.parametrize("stem", ["my-app", "my-app.rejected"])
 @pytest.mark.parametrize("case", TAILS)
 def test_a_torn_tail_is_cut_back_to_the_last_whole_line_at_the_start(
-    start: Callable[..., Receiver], pair: Pair, case: str, stem: str
+    start: Callable[..., Receiver], tmp_path: Path, pair: Pair, case: str
 ) -> None:
+    whole = stored_now(signal_payload())
+    stems = ("my-app", "my-app.rejected")
+    paths = [tmp_path / "signals" / f"{stem}.jsonl" for stem in stems]
+    (tmp_path / "signals").mkdir()
+    for path in paths:
+        path.write_bytes(whole + TAILS[case])
     receiver = start()
-    receiver.post(pair, signal_payload())
-    receiver.post(pair, b"not json")
-    receiver.kill()
-    path = receiver.signals / f"{stem}.jsonl"
-    whole = path.read_bytes()
-    assert whole.endswith(b"\n")
-    with path.open("ab") as file:
-        file.write(TAILS[case])
-    again = start()
-    eventually(lambda: path.read_bytes() == whole, seconds=3)
-    assert again.post(pair, signal_payload()).json == ACCEPTED
-    assert again.post(pair, b"no json either").status == 200
-    assert path.read_bytes().startswith(whole)
-    assert len(again.lines(stem)) == 2
+    assert [path.read_bytes() for path in paths] == [whole, whole]
+    assert receiver.post(pair, signal_payload()).json == ACCEPTED
+    assert receiver.post(pair, b"no json").status == 200
+    for path, stem in zip(paths, stems, strict=True):
+        assert path.read_bytes().startswith(whole)
+        assert len(receiver.lines(stem)) == 2
 
 
 def test_a_log_that_is_nothing_but_a_torn_line_is_cut_back_to_nothing(

@@ -18,6 +18,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import struct
 import subprocess
 import time
@@ -31,7 +32,7 @@ from typing import Any
 
 import pytest
 from crash_run import Counts, Load, count_log
-from harness import Pair, Receiver, eventually, free_ports, payload_id, signal_payload
+from harness import Pair, Receiver, free_ports, payload_id, signal_payload
 
 import liveapi_server
 from liveapi_server import Answer, SignalLog
@@ -560,24 +561,43 @@ def file_system(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path
             break
 
 
+def go_down(file_system: Path) -> None:
+    directory = os.open(file_system, os.O_RDONLY)
+    fcntl.ioctl(directory, GOING_DOWN, struct.pack("I", NO_LOG_FLUSH))
+    os.close(directory)
+
+
+@pytest.mark.parametrize("file_system", ["ext4", "xfs"], indirect=True)
+def test_a_file_system_that_goes_away_under_it_is_a_503(
+    start: Callable[..., Receiver], pair: Pair, file_system: Path
+) -> None:
+    receiver = start()
+    kept = signal_payload()
+    assert receiver.post(pair, kept).status == 200
+    go_down(file_system)
+    assert receiver.post(pair, signal_payload()).status == 503
+    assert receiver.request("GET", "/status").status == 503
+    assert receiver.post(pair, kept).status == 200
+    assert receiver.verify(pair).status == 200
+    assert receiver.stop() == 0
+
+
 @pytest.mark.parametrize("file_system", ["ext4", "xfs"], indirect=True)
 def test_power_loss_of_a_real_file_system_loses_nothing_that_was_acknowledged(
     start: Callable[..., Receiver], pair: Pair, tmp_path: Path, file_system: Path
 ) -> None:
     chance = random.Random(20311)
     (port,) = free_ports(1)
-    losses = 4
+    losses = 5
     counts = Counts()
     with Load(pair, port) as load:
         for _ in range(losses):
             receiver = start("--segment-bytes", "30000", port=port)
             load.reach(60)
             time.sleep(chance.uniform(0, 0.2))
-            directory = os.open(file_system, os.O_RDONLY)
-            fcntl.ioctl(directory, GOING_DOWN, struct.pack("I", NO_LOG_FLUSH))
-            os.close(directory)
-            # A file system that has gone away is a disk that fails.
-            eventually(lambda: receiver.request("GET", "/status").status == 503)
+            # Without power nothing is acknowledged any more.
+            receiver.signal(signal.SIGSTOP)
+            go_down(file_system)
             receiver.kill()
             acknowledged = set(load.acknowledged)
             subprocess.run(["umount", file_system], check=True)
@@ -618,4 +638,3 @@ def test_the_directory_made_for_the_signals_is_itself_on_disk_before_the_first_2
     assert "mkdir" in calls
     made_at = calls.index(str(receiver.signals), calls.index("mkdir"))
     assert f"<{tmp_path}>" in calls[made_at:], "the new directory's own entry was not synced"
-

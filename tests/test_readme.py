@@ -1,5 +1,6 @@
-"""The README's examples do what it says: those marked `<!-- tested: NAME -->` are run as they stand.
+"""The README's examples do what it says.
 
+Those marked `<!-- tested: NAME -->` are run as they stand.
 LIVEAPI_README names another file to take them from.
 """
 
@@ -47,7 +48,7 @@ def code_lines(text: str) -> int:
 
 
 def sent(receiver: Receiver, pair: Pair, command: list[str], directory: Path) -> None:
-    """Run a sender beside `keys/`, twice: two signals arrive, encrypted, and are stored in clear."""
+    """Run a sender beside `keys/`, twice: two encrypted signals are stored in clear."""
     for count in (1, 2):
         result = subprocess.run(
             [*command, receiver.url, pair.name],

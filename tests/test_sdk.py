@@ -56,7 +56,8 @@ const { httpGateway } = new Notificare.LiveApi(privateKey, publicKey);
 const pairs = [];
 for (const challenge of challenges) {
   const query = new URLSearchParams({ challenge });
-  const response = await fetch(`${url}?${query}`, { headers: { "x-notificare-public-key": publicKey } });
+  const headers = { "x-notificare-public-key": publicKey };
+  const response = await fetch(`${url}?${query}`, { headers });
   pairs.push([await response.text(), httpGateway.verify(publicKey, challenge)]);
 }
 console.log(JSON.stringify(pairs));
@@ -74,7 +75,8 @@ for (const [payload, sent] of signals) {
     "x-notificare-public-key": publicKey,
     "x-notificare-signature": signature,
   } });
-  results.push([httpGateway.validate(publicKey, sent, signature), response.status, await response.json()]);
+  const valid = httpGateway.validate(publicKey, sent, signature);
+  results.push([valid, response.status, await response.json()]);
 }
 console.log(JSON.stringify(results));
 """

@@ -73,7 +73,9 @@ PEERS = {
         (str(environment.PEERS_PYTHON), str(environment.PEERS / "stdlib_app.py"), "{port}"),
     ),
     "express": _express("Express with the vendor's SDK, stores nothing"),
-    "express-log": _express("the same, with its request log", BENCH_REQUEST_LOG="1"),
+    "express-log": _express(
+        "Express with the SDK and a request log, stores nothing", BENCH_REQUEST_LOG="1"
+    ),
     "go": _go("Go, group commit, one core", 1),
     "go2": _go("Go, group commit, two cores", 2),
 }

@@ -7,12 +7,14 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
-from harness import ROOT, Pair, Receiver, eventually, free_ports
+from harness import ROOT, Receiver, eventually, free_ports
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 SCREENSHOTS = ROOT / "build" / "screenshots"
@@ -66,7 +68,7 @@ class Page:
 
     def filter(self, text: str) -> None:
         field = self.find("#filter")
-        field.clear()
+        field.send_keys(Keys.CONTROL + "a", Keys.DELETE)
         field.send_keys(text)
 
     def screenshot(self, name: str) -> Path:
@@ -101,6 +103,20 @@ def chromium() -> Iterator[webdriver.Chrome]:
 
 
 @pytest.fixture
+def start(start: Callable[..., Receiver]) -> Callable[..., Receiver]:
+    """Start receivers that may have a console: its address is logged before the endpoint's."""
+
+    def begin(*options: str, **more: Any) -> Receiver:
+        receiver = start(*options, **more)
+        line = receiver.wait_for_log(r"https?://\S+/live")
+        receiver.url = line[line.index("http") :].split()[0]
+        receiver.port = urlsplit(receiver.url).port or 0
+        return receiver
+
+    return begin
+
+
+@pytest.fixture
 def console_port() -> int:
     return next(free_ports(1))
 
@@ -127,8 +143,3 @@ def page(chromium: webdriver.Chrome, watched: Receiver, console_port: int) -> It
     assert complaints == []
     assert requested
     assert [u for u in requested if not u.startswith((shown.url, "data:", "about:"))] == []
-
-
-@pytest.fixture
-def other() -> Pair:
-    return Pair("my-app-staging")

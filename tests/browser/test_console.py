@@ -43,12 +43,12 @@ def post_all(receiver: Receiver, pair: Pair, payloads: list[bytes]) -> None:
 
 
 def numbered(first: int, beyond: int, **more: Any) -> list[bytes]:
-    return [signal_payload(userID=f"user {n:05}", **more) for n in range(first, beyond)]
+    return [signal_payload(userID=f"user-{n:05}", **more) for n in range(first, beyond)]
 
 
 def names(first: int, beyond: int) -> list[str]:
     """The users of `numbered`, in the order in which the page shows them."""
-    return [f"user {n:05}" for n in reversed(range(first, beyond))]
+    return [f"user-{n:05}" for n in reversed(range(first, beyond))]
 
 
 def test_signals_appear_newest_first_with_time_type_user_and_instance(
@@ -57,7 +57,7 @@ def test_signals_appear_newest_first_with_time_type_user_and_instance(
     post_all(watched, pair, numbered(0, 5))
     page.until(lambda: page.users() == names(0, 5))
     time_cell, type_cell, user, instance = page.rows()[0]
-    assert (type_cell, user, instance) == ("notification.Open", "user 00004", "my-app")
+    assert (type_cell, user, instance) == ("notification.Open", "user-00004", "my-app")
     local = page.run(
         "return new Date(arguments[0]).toTimeString().slice(0, 8)",
         watched.lines("my-app")[-1]["received_at"],
@@ -120,7 +120,7 @@ def test_the_filter_finds_any_text_of_the_line_as_it_is_typed(
     page.until(lambda: len(page.rows()) == 2)
     page.filter(typed)
     page.until(lambda: page.users() == found)
-    page.filter(Keys.ESCAPE)
+    page.filter("")
     page.until(lambda: len(page.rows()) == 2)
 
 
@@ -137,9 +137,9 @@ def test_pause_holds_the_view_and_loses_nothing(page: Page, watched: Receiver, p
     post_all(watched, pair, numbered(3, 40))
     page.until(lambda: page.text("pause") == "Resume (37 new)")
     assert page.users() == names(0, 3)
-    page.filter("user 0000")  # a filter changes what is shown of the time before the pause
+    page.filter("user-0000")  # a filter changes what is shown of the time before the pause
     assert page.users() == names(0, 3)
-    page.filter(Keys.ESCAPE)
+    page.filter("")
     page.find("#pause").click()
     page.until(lambda: page.users() == names(0, 40))
     assert page.text("pause") == "Pause"
@@ -183,11 +183,11 @@ def test_everything_can_be_done_with_the_keyboard(
     press(Keys.TAB)
     press(Keys.ARROW_DOWN, Keys.ENTER)
     page.until(page.find("#detail").is_displayed)
-    assert '"user 00001"' in page.text("whole")
+    assert '"user-00001"' in page.text("whole")
     press(Keys.ESCAPE)
     assert not page.find("#detail").is_displayed()
     assert page.run("return document.activeElement.closest('tr').cells[2].textContent") == (
-        "user 00001"
+        "user-00001"
     )
 
 
@@ -228,7 +228,11 @@ def test_a_hostile_signal_is_shown_as_text(page: Page, watched: Receiver, pair: 
         if text.isascii() and text.isprintable():
             assert page.rows()[index][1:3] == [text, text]
         assert json.dumps(text) in shown
-    page.until(lambda: len(page.run("return [...types.children]")) == len(HOSTILE))
+    page.until(
+        lambda: (
+            len(page.run("return [...document.querySelectorAll('#types button')]")) == len(HOSTILE)
+        )
+    )
     # The page's own row: four cells and a button, and nothing in any of them but text.
     row = ["TD", "TD", "BUTTON", "TD", "TD"]
     inside = "[...document.querySelectorAll(arguments[0])].map(made => made.tagName)"
@@ -261,7 +265,7 @@ def test_giant_and_strange_signals_do_not_break_it(
         b'{"type":{"a":1},"data":["userID"]}',
         b'{"type":7,"data":{"userID":{"x":[1]},"deviceID":0}}',
         b'{"__proto__":{"type":"x"},"constructor":1,"data":{"__proto__":null}}',
-        json.dumps({"type": "many", "data": list(range(150_000))}).encode(),
+        json.dumps({"type": "many", "data": list(range(100_000))}).encode(),
         json.dumps({"type": EVENT + "custom.giant", "data": {"userID": giant}}).encode(),
     ]
     post_all(watched, pair, strange)
@@ -296,13 +300,13 @@ def test_ten_thousand_signals_do_not_make_it_slow(
         "const began = performance.now(); filter.value = arguments[0];"
         "filter.dispatchEvent(new Event('input')); rows.offsetHeight;"
         "return performance.now() - began",
-        "user 05123",
+        "user-05123",
     )
     print(
         f"10,400 signals in {seconds:.1f} s; longest time between two frames {worst:.0f} ms;"
         f" {elements} elements; a filter over 10,000 took {took:.0f} ms"
     )
-    assert page.users() == ["user 05123"]
+    assert page.users() == ["user-05123"]
     assert elements < 2000
     assert worst < 1000
     assert took < 500
@@ -313,7 +317,9 @@ def test_counts_by_type_are_kept_and_choose_the_filter(
 ) -> None:
     for kind, number in (("notification.Open", 3), ("application.Open", 2), ("custom.sale", 1)):
         post_all(watched, pair, numbered(0, number, type=EVENT + kind))
-    counts = "return [...types.children].map(b => b.innerText.split(/\\s+/))"
+    counts = (
+        "return [...document.querySelectorAll('#types button')].map(b => b.innerText.split(/\\s+/))"
+    )
     wanted = [["notification.Open", "3"], ["application.Open", "2"], ["custom.sale", "1"]]
     page.until(lambda: page.run(counts) == wanted)
     page.find("#types button:nth-child(2)").click()
@@ -326,7 +332,7 @@ def test_counts_by_type_are_kept_and_choose_the_filter(
 def test_the_rate_of_the_last_minutes_is_drawn(page: Page, watched: Receiver, pair: Pair) -> None:
     post_all(watched, pair, numbered(0, 20))
     page.until(lambda: page.text("rate").startswith("20 signals, peak "))
-    assert page.run("return bars.getBBox().height > 9")
+    assert page.run("return document.getElementById('bars').getBBox().height > 9")
 
 
 def test_the_state_of_each_instance_is_shown_with_refusals_by_reason(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import datetime
 import json
+import os
 import re
 import shutil
 import socket
@@ -30,11 +31,14 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from harness import ACCEPTED, ROOT, Pair, Receiver, free_ports, payload_id, signal_payload
 
+# Its worker must be able to write where the test has made room for large bodies.
+NGINX_USER = "user root;" if os.geteuid() == 0 else ""
+
 README = ROOT / "README.md"
 DRAFT = Path("/tmp/readme-proxies.md")
 
 NGINX = """
-daemon off; pid {directory}/pid; error_log {directory}/error.log; worker_processes 1;
+daemon off; {user} pid {directory}/pid; error_log {directory}/error.log; worker_processes 1;
 events {{}}
 http {{
     access_log off;
@@ -195,7 +199,7 @@ def config(proxy: str, directory: Path, port: int, upstream: int) -> str:
         if "unbuffered" in proxy:
             options += " proxy_request_buffering off;"
         sites = SITE.format(**values, keep=keep, options=options)
-        return NGINX.format(directory=directory, sites=sites)
+        return NGINX.format(user=NGINX_USER, directory=directory, sites=sites)
     if proxy.startswith("HAProxy"):
         options = "option httpclose" if "closing" in proxy else "option http-keep-alive"
         return HAPROXY.format(**values, options=options)
@@ -474,7 +478,7 @@ def documented_nginx(directory: Path, port: int, upstream: int) -> str:
     site = replaced(site, r"listen 443 ssl;", f"listen 127.0.0.1:{port} ssl;")
     site = replaced(site, r"\S+/fullchain\.pem", f"{directory}/cert.pem")
     site = replaced(site, r"\S+/privkey\.pem", f"{directory}/key.pem")
-    return NGINX.format(directory=directory, sites=site)
+    return NGINX.format(user=NGINX_USER, directory=directory, sites=site)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def readme_block(heading: str) -> str:
     for source in (ROOT / "README.md", DRAFT):
         text = source.read_text() if source.exists() else ""
         found = re.search(
-            rf"^#+ {re.escape(heading)}\n(?:(?!^#+ ).*\n)*?```sh\n(.*?)^```", text, re.M | re.S
+            rf"^#+ {re.escape(heading)}\n(?:(?!^#+ )[^\n]*\n)*?```sh\n(.*?)^```", text, re.M | re.S
         )
         if found:
             return found[1]

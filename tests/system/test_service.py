@@ -191,8 +191,11 @@ def test_reload_takes_a_new_pair_and_drops_no_connection(debian: Machine, pair: 
     assert post(other, signal_payload()).json == {"error": "invalid public key"}
     before = debian.main_pid
     with Load(pair) as load:
-        # Copied by root with root's owner and mode: the reload puts them right.
-        debian.run("cp /root/new/* /etc/liveapi/keys/ && systemctl reload liveapi.service")
+        # Copied by root with root's owner and mode, and put right as the README says.
+        debian.run(
+            "cp /root/new/* /etc/liveapi/keys/ && "
+            "systemd-tmpfiles --create liveapi.conf && systemctl reload liveapi.service"
+        )
         eventually(lambda: post(other, signal_payload()).status == 200, 10)
         load.more()
     stored_once(debian, pair, load)
