@@ -1566,7 +1566,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def expire(self) -> None:
         """The deadline has come, or room is needed: end what is waited for."""
-        if self.state == WAITING and self.begun:
+        if self.state == WAITING and self.begun and not self.deferred:
             self.close_connection = True
             self.server.figures.refuse("", "request not complete in time")
             try:
@@ -2651,16 +2651,16 @@ class Table:
     def row(
         self,
         what: str,
-        expected: tuple[int, bytes],
+        wanted: tuple[int, bytes],
         call: Callable[..., tuple[int, bytes]],
         *args: Any,
         **more: Any,
     ) -> bool:
-        """Make a call and print what came of it; True if the answer is as expected."""
+        """Make a call and print what came of it; True if the answer is as wanted."""
         started = time.monotonic()
         try:
             status, body = call(*args, **more)
-            ok = (status, body) == expected
+            ok = (status, body) == wanted
             answer = f"{status} {body[:60].decode('utf-8', 'backslashreplace')}"
         except (OSError, http.client.HTTPException) as error:
             ok, answer = False, f"no answer: {getattr(error, 'strerror', None) or error!r}"

@@ -408,7 +408,8 @@ def test_clients_that_never_read_are_cut_off(calm: Callable[..., Receiver], pair
             wire.socket.settimeout(None)
         honest.keep_on(duration())
         try:
-            vitals.come_down(15)  # while they still hold their ends
+            # While they still hold their ends; what fits into the buffers is answered first.
+            vitals.come_down(full(120, 15))
         finally:
             for sock in deaf:
                 sock.close()

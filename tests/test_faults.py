@@ -105,10 +105,8 @@ def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]
     if mounted.returncode:
         pytest.skip(f"cannot mount here: {mounted.stderr.strip()}")
     yield where
-    for _ in range(50):  # until the receiver's end has been noticed
-        if not subprocess.run(["umount", where], capture_output=True, check=False).returncode:
-            break
-        time.sleep(0.1)
+    # Tests name this fixture before `start`, so that the receiver has ended by now.
+    subprocess.run(["umount", "-l", where], check=True)
 
 
 def fill(disk: Path) -> Path:
@@ -124,7 +122,7 @@ def fill(disk: Path) -> Path:
 @needs_root
 @pytest.mark.parametrize("small_disk", ["tmpfs", "ext4"], indirect=True)
 def test_on_a_full_disk_it_answers_503_and_recovers_by_itself_when_there_is_space(
-    start: Callable[..., Receiver], pair: Pair, small_disk: Path
+    small_disk: Path, start: Callable[..., Receiver], pair: Pair
 ) -> None:
     receiver = start()
     first = signal_payload()
@@ -156,7 +154,7 @@ def test_on_a_full_disk_it_answers_503_and_recovers_by_itself_when_there_is_spac
 @needs_root
 @pytest.mark.parametrize("small_disk", ["tmpfs", "ext4"], indirect=True)
 def test_a_disk_that_fills_up_under_load_loses_and_doubles_nothing(
-    start: Callable[..., Receiver], pair: Pair, small_disk: Path
+    small_disk: Path, start: Callable[..., Receiver], pair: Pair
 ) -> None:
     receiver = start("--segment-bytes", "50000")
     with Load(pair, receiver.port, size=3000) as load:
@@ -203,7 +201,7 @@ def injected(receiver: Receiver, trace: Path, *faults: str, only: str = "") -> I
     finally:
         tracer.send_signal(signal.SIGINT)  # it lets go of the receiver
         try:
-            tracer.wait(5)
+            tracer.wait(1)
         except subprocess.TimeoutExpired:
             tracer.kill()
             tracer.wait(5)
@@ -348,33 +346,42 @@ def test_a_closing_that_fails_is_said_and_the_segment_closes_later(
 
 @needs_strace
 def test_while_the_disk_hangs_status_says_so_and_a_stop_takes_less_than_10_seconds(
-    receiver: Receiver, pair: Pair, tmp_path: Path
+    start: Callable[..., Receiver], pair: Pair, tmp_path: Path
 ) -> None:
     kept, hanging = signal_payload(), signal_payload()
-    assert receiver.post(pair, kept).json == ACCEPTED
-    got: list[int] = []
+    answered: list[int] = []
 
-    def send() -> None:
+    def send(receiver: Receiver) -> None:
         with contextlib.suppress(OSError):  # no answer at all is what it should come to
-            got.append(receiver.post(pair, hanging).status)
+            answered.append(receiver.post(pair, hanging).status)
 
-    sender = threading.Thread(target=send, daemon=True)
-    with injected(receiver, tmp_path / "t", "fdatasync:delay_enter=40000000"):
-        sender.start()
+    # Two at once, for both take their time: one is watched, one is stopped.
+    with contextlib.ExitStack() as faults:
+        receivers = []
+        for name in ("watched", "stopped"):
+            (tmp_path / name).mkdir()
+            receiver = start(directory=tmp_path / name)
+            assert receiver.post(pair, kept).json == ACCEPTED
+            hang = "fdatasync:delay_enter=40000000"
+            faults.enter_context(injected(receiver, tmp_path / f"{name}.trace", hang))
+            threading.Thread(target=send, args=(receiver,), daemon=True).start()
+            receivers.append(receiver)
+        watched, stopped = receivers
         time.sleep(0.3)
+        stopped.signal(signal.SIGTERM)
         began = time.monotonic()
-        assert receiver.verify(pair).status == 200
+        assert watched.verify(pair).status == 200
         assert time.monotonic() - began < 1
-        eventually(lambda: status(receiver) == 503, seconds=12, every=0.25)
-        assert receiver.post(pair, kept).json == ACCEPTED
-        receiver.signal(signal.SIGTERM)
         # It has ended; strace holds on to the thread that was made to wait until it lets go.
-        process = Path("/proc", str(receiver.process.pid), "stat")
-        eventually(lambda: process.read_text().rpartition(")")[2].split()[0] == "Z", seconds=10)
-    assert receiver.process.wait(5) == 0
-    sender.join(5)
-    assert got == []
-    assert payload_id(kept) in receiver.ids("my-app")
+        process = Path("/proc", str(stopped.process.pid), "stat")
+        left = began + 10 - time.monotonic()
+        eventually(lambda: process.read_text().rpartition(")")[2].split()[0] == "Z", seconds=left)
+        eventually(lambda: status(watched) == 503, seconds=6, every=0.25)
+        assert watched.post(pair, kept).json == ACCEPTED
+        assert answered == []
+        watched.process.kill()
+    assert stopped.process.wait(5) == 0
+    assert payload_id(kept) in stopped.ids("my-app")
 
 
 # --- Strangers in the directory ----------------------------------------------------------------
@@ -508,7 +515,7 @@ def test_a_directory_in_which_nothing_may_change_is_503_until_it_may(
 @needs_root
 @pytest.mark.parametrize("small_disk", ["tmpfs", "ext4"], indirect=True)
 def test_a_file_system_that_becomes_read_only_is_503_until_it_is_writable(
-    start: Callable[..., Receiver], pair: Pair, small_disk: Path
+    small_disk: Path, start: Callable[..., Receiver], pair: Pair
 ) -> None:
     receiver = start("--segment-bytes", "1")
     kept, lost = signal_payload(), signal_payload()
@@ -628,7 +635,7 @@ class NeverAgain:
         for path in closed_segments(self.receiver):
             now = (path.stat().st_ino, hashlib.sha256(path.read_bytes()).hexdigest())
             assert self.known.setdefault(path.name, now) == now, f"{path.name} has changed"
-        assert set(self.known) == {path.name for path in closed_segments(self.receiver)}
+        assert set(self.known) <= {path.name for path in closed_segments(self.receiver)}
 
 
 @needs_faketime
@@ -766,7 +773,7 @@ def test_a_start_on_a_large_log_reads_only_as_much_of_its_tail_as_it_needs(
     last = write_large_log(path, 5 << 30 if FULL else 200 << 20)
     size = path.stat().st_size
     began = time.monotonic()
-    receiver = start()
+    receiver = start("--segment-bytes", str(1 << 40))
     seconds = time.monotonic() - began
     process = Path("/proc", str(receiver.process.pid))
     (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", (process / "status").read_text())
@@ -777,8 +784,7 @@ def test_a_start_on_a_large_log_reads_only_as_much_of_its_tail_as_it_needs(
     )
     assert receiver.post(pair, last).json == ACCEPTED
     assert receiver.post(pair, signal_payload()).json == ACCEPTED
-    assert path.read_bytes()[-400:].count(b"\n") >= 1 if not FULL else path.stat().st_size > size
-    assert path.stat().st_size - size < 400, "the repeat was not recognised"
+    assert 0 < path.stat().st_size - size < 400, "the repeat was not recognised"
     assert int(read) < 40e6
     assert int(peak) < 150 << 10
     assert seconds < 5  # about one, on a machine that does nothing else

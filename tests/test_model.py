@@ -6,6 +6,7 @@ signal is in the log once, all lines are whole, and nothing is there that was no
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import json
@@ -96,6 +97,35 @@ class LogMachine(RuleBasedStateMachine):
             # Whatever the state of the disk, a repeat of what is stored gets its 200.
             wanted = (set(again) & stored_before) - self.taken
             assert wanted <= self.sender.acknowledged | self.acknowledged.keys()
+
+    @rule(
+        call=st.sampled_from(CALLS),
+        times=st.integers(1, 2),
+        short=st.integers(0, 400),
+        pages=st.booleans(),
+        count=st.integers(1, 3),
+    )
+    def append_while_it_fails(
+        self, call: str, times: int, short: int, pages: bool, count: int
+    ) -> None:
+        self.fail_soon(call, times, short)
+        self.change_disk(pages)
+        self.append(count, 0)
+
+    @precondition(lambda self: self.sent.keys() - self.acknowledged.keys())
+    @rule(data=st.data(), power_goes=st.booleans())
+    def retry(self, data: Any, power_goes: bool) -> None:
+        """What got no 200 is sent again once the log stores again; then the power may go."""
+        try:
+            for _ in range(3):
+                self.sender.log.tend()
+            missing = self.sent.keys() - self.acknowledged.keys()
+            self.sender.send([self.sent[each] for each in sorted(missing)])
+        except PowerLossError:
+            power_goes = True
+        self.note_acknowledged()
+        if power_goes:
+            self.fall("power", data)
 
     # What the world does
 

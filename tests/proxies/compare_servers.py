@@ -24,11 +24,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+TESTS = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
-from harness import Receiver, free_ports
-from test_fuzz import mutant
-from test_http import ACCEPTED, PAIR, REFUSED, STATUS, Case
+from harness import Receiver, free_ports  # noqa: E402
+from test_fuzz import mutant  # noqa: E402
+from test_http import ACCEPTED, PAIR, REFUSED, STATUS, Case  # noqa: E402
 
 QUIET = 0.7  # seconds without a byte after which a server is taken to be waiting for more
 
