@@ -6,7 +6,6 @@ signal is in the log once, all lines are whole, and nothing is there that was no
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import itertools
 import json

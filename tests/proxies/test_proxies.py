@@ -35,7 +35,6 @@ from harness import ACCEPTED, ROOT, Pair, Receiver, free_ports, payload_id, sign
 NGINX_USER = "user root;" if os.geteuid() == 0 else ""
 
 README = ROOT / "README.md"
-DRAFT = Path("/tmp/readme-proxies.md")
 
 NGINX = """
 daemon off; {user} pid {directory}/pid; error_log {directory}/error.log; worker_processes 1;
@@ -447,11 +446,9 @@ def test_many_clients_at_once_each_signal_stored_once(
 
 def documented(language: str) -> str:
     """The README's block in this language that leads to the receiver."""
-    for file in (README, DRAFT):
-        text = file.read_text() if file.exists() else ""
-        for block in re.findall(rf"```{language}\n(.*?)```", text, re.S):
-            if "127.0.0.1:3014" in block:
-                return str(block)
+    for block in re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.S):
+        if "127.0.0.1:3014" in block:
+            return str(block)
     pytest.fail(f"README.md has no ```{language} block with 127.0.0.1:3014")
 
 
