@@ -668,6 +668,8 @@ def line_id(line: bytes) -> str | None:
 # that says it has synced what it has not.
 
 READ_BYTES = 1 << 20
+GATHER = 0.25  # pause between two batches, as a share of the time the last one took to store,
+GATHER_SECONDS = 0.002  # and at most
 SEGMENT_TIME = "%Y%m%dT%H%M%S.%fZ"
 
 
@@ -856,7 +858,11 @@ class SignalLog:
 
     def commit(self) -> None:
         """Store what has gathered, batch after batch, until nothing is left."""
+        took = 0.0
         while True:
+            # Under load a pause lets those join that were answered just now: fewer, fuller syncs.
+            if took:
+                time.sleep(min(took * GATHER, GATHER_SECONDS))
             with self.turn:
                 batch, self.pending = self.pending, []
                 if not batch:
@@ -865,6 +871,7 @@ class SignalLog:
             started = self.busy_since = time.monotonic()
             failure = self._store(b"".join([entry.line for entry in batch]))
             self.busy_since = None
+            took = time.monotonic() - started
             with self.turn:
                 if self.failure and not failure:
                     self._say_recovery()
@@ -874,7 +881,7 @@ class SignalLog:
                     if not failure:
                         self.window.add(entry.identity)
                 if not failure:
-                    self.committed(self, batch, time.monotonic() - started)
+                    self.committed(self, batch, took)
                 for entry in batch:
                     for waiter in entry.waiters:
                         waiter.answered(CANNOT_STORE if failure else entry.answer)
@@ -1823,7 +1830,7 @@ h2 span, summary span { float: right; font-weight: 400 }
 svg { display: block; width: 100%; height: 4.5rem; border-bottom: 1px solid var(--line) }
 path { fill: var(--blue) }
 h3 { margin-top: .7rem; padding-top: .6rem; border-top: 1px solid var(--line) }
-dl { display: grid; grid-template-columns: minmax(5.5rem, auto) minmax(0, 1fr); column-gap: .9rem }
+dl { display: grid; grid-template-columns: minmax(7.6rem, auto) minmax(0, 1fr); column-gap: .9rem }
 dd, td { font-variant-numeric: tabular-nums } dd, h2, h3, #about, pre { overflow-wrap: anywhere }
 button, input { padding: .4rem .8rem } button, summary, td { cursor: pointer }
 button[aria-pressed=true] { background: var(--line); font-weight: 600 }
@@ -1889,9 +1896,10 @@ function el(tag, set, ...inside) {
 }
 const clock = new Intl.DateTimeFormat([], { hour: '2-digit', minute: '2-digit', second: '2-digit',
   fractionalSecondDigits: 3, hourCycle: 'h23' });
-// Control and direction characters are shown as the escapes that JSON has for them.
-const control = /[\0-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
-const plain = s => s.replace(control, c => '\\u' + c.charCodeAt().toString(16).padStart(4, '0'));
+// What cannot be seen (control and direction characters) is shown as the escapes JSON has for it.
+const unseen = /(?![\u200c\u200d])[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]/gu;
+const escape = unit => '\\u' + unit.charCodeAt().toString(16).padStart(4, '0');
+const plain = text => text.replace(unseen, found => found.split('').map(escape).join(''));
 const brief = value => value == null ? ''
   : plain((typeof value == 'string' ? value : JSON.stringify(value)).slice(0, 200));
 
@@ -2497,15 +2505,15 @@ def serve(settings: Settings) -> int:
     for instance in instances.values():
         add_to_store(store, instance.name)
     receiver = Receiver(settings, listeners, instances, store, figures, activated="live" in given)
-    for listener in consoles:
-        console = Console(receiver, listener)
-        threading.Thread(target=console.serve_forever, args=(None,), daemon=True).start()
-        log.info("console on http://%s/", _address(listener))
     receiver.start()
     watchdog = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6 or None
     threading.Thread(target=store.tend, args=(notify, watchdog), daemon=True).start()
     names = ", ".join(sorted(each.name for each in instances.values()))
     log.info("ready on %s for %s; signals go to %s", receiver.url, names, settings.signals)
+    for listener in consoles:
+        console = Console(receiver, listener)
+        threading.Thread(target=console.serve_forever, args=(None,), daemon=True).start()
+        log.info("console on http://%s/", _address(listener))
     notify("READY=1")
     while (number := signal.sigwait(SIGNALS)) == signal.SIGHUP:
         reload(receiver)
@@ -2749,16 +2757,15 @@ def _play_demo(
     process: subprocess.Popen[str], instance: Instance, directory: Path, *, console: bool
 ) -> int:
     assert process.stderr
-    url = page = ""
+    urls: list[str] = []
     for said in process.stderr:
         print(f"  {said.rstrip()}", flush=True)
-        found = re.search(r"https?://\S+", said)
-        page = found[0] if found and "console on" in said else page
-        url = found[0] if found and "ready on" in said else ""
-        if url:
+        urls += re.findall(r"https?://\S+", said)
+        if len(urls) == 1 + console:
             break
-    if not url:
+    if not urls:
         return 1
+    url, page = urls[0], urls[-1]
     threading.Thread(target=process.stderr.read, daemon=True).start()
     print("\nplaying the Live API against it, over HTTP\n", flush=True)
     api, table = LiveAPI(url), Table()

@@ -136,7 +136,8 @@ class Receiver:
         assert found
         self.url = found[1].rstrip(".")
         parts = urlsplit(self.url)
-        assert parts.hostname and parts.port
+        assert parts.hostname
+        assert parts.port
         self.scheme, self.host, self.port = parts.scheme, parts.hostname, parts.port
 
     def _read_log(self) -> None:
@@ -150,7 +151,7 @@ class Receiver:
             self._changed.notify_all()
 
     def wait_for_log(self, pattern: str, seconds: float = 10, start: int = 0) -> str:
-        """The first log line at or after index `start` that matches; AssertionError if none comes."""
+        """The first log line from index `start` on that matches; AssertionError if none comes."""
         deadline = time.monotonic() + seconds
         with self._changed:
             while True:

@@ -47,7 +47,11 @@ def running(debian: Machine) -> Iterator[None]:
     """Each test begins with the service up, and shows the journal if it fails."""
     debian.run("systemctl start liveapi.service")
     yield
-    print(debian.run("journalctl --no-pager -q -n 40 -u liveapi.service", check=False))
+    print(
+        debian.run(
+            "journalctl --no-pager -q -n 40 -u liveapi.service -u liveapi.socket", check=False
+        )
+    )
 
 
 def stored_once(debian: Machine, pair: Pair, load: Load) -> None:
