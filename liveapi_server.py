@@ -861,8 +861,8 @@ class SignalLog:
         took = 0.0
         while True:
             # Under load a pause lets those join that were answered just now: fewer, fuller syncs.
-            if took:
-                time.sleep(min(took * GATHER, GATHER_SECONDS))
+            if took and self.pending:
+                select.select([], [], [], min(took * GATHER, GATHER_SECONDS))
             with self.turn:
                 batch, self.pending = self.pending, []
                 if not batch:
@@ -1300,6 +1300,7 @@ RECEIVE_BYTES = 16384
 LINGER_SECONDS = 2.0  # for an answer to arrive before the connection is closed on unread bytes
 STALL_SECONDS = 10.0  # a commit that takes longer means that signals cannot be stored
 STOP_SECONDS = 8.0
+GRACE_SECONDS = 0.3
 
 # What a connection is about; only WAITING ones may be closed to make room.
 WAITING, ANSWERING, LINGERING, CLOSED = range(4)
@@ -1627,6 +1628,8 @@ def _challenge(query: bytes) -> bytes:
 class Receiver(HTTPServer):
     """The public listener. Its connections are shared by a few threads that take turns."""
 
+    address_family = socket.AF_UNIX  # of the framework's own socket: the sandbox allows no other
+
     def __init__(
         self,
         settings: Settings,
@@ -1775,7 +1778,6 @@ class Receiver(HTTPServer):
         """Finish what is in flight; True if all of it could be finished in time."""
         deadline = time.monotonic() + STOP_SECONDS
         self.stopping = True
-        os.eventfd_write(self.wake, 1)
         with self.turn:
             for listener in self.listeners.values():
                 if not self.activated:  # the kernel has told them that they are connected
@@ -1785,7 +1787,14 @@ class Receiver(HTTPServer):
             self.listeners = {}
             for handler in list(self.connections.values()):
                 if handler.state == WAITING and not handler.begun:
-                    handler.finish()
+                    handler.handle()  # a request may just have come
+                if handler.state == WAITING and not handler.begun:
+                    if handler.requestline != "-":
+                        handler.finish()
+                    else:  # so new that its first request may be on its way
+                        handler.deadline = min(handler.deadline, time.monotonic() + GRACE_SECONDS)
+                        self.next_sweep = min(self.next_sweep, handler.deadline)
+            os.eventfd_write(self.wake, 1)
         while self.connections and time.monotonic() < deadline:
             time.sleep(0.01)
         return not self.connections
@@ -2300,6 +2309,7 @@ def metrics(receiver: Receiver) -> Iterator[str]:
 class Console(ThreadingHTTPServer):
     """The private listener; it shows personal data, so it answers to its own address only."""
 
+    address_family = socket.AF_UNIX
     daemon_threads = True
 
     def __init__(self, receiver: Receiver, listener: socket.socket) -> None:
@@ -2851,7 +2861,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return demo(console=chosen["console"])
         return serve(Settings(**chosen))
     except OperatorError as error:
-        print(f"liveapi_server: {error}", file=sys.stderr)
+        priority = "<3>" if _LogLine().journal else ""
+        print(f"{priority}liveapi_server: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
