@@ -1300,7 +1300,7 @@ RECEIVE_BYTES = 16384
 LINGER_SECONDS = 2.0  # for an answer to arrive before the connection is closed on unread bytes
 STALL_SECONDS = 10.0  # a commit that takes longer means that signals cannot be stored
 STOP_SECONDS = 8.0
-GRACE_SECONDS = 0.3
+GRACE_SECONDS = 0.3  # at a stop, for the first request of a connection that has just been made
 
 # What a connection is about; only WAITING ones may be closed to make room.
 WAITING, ANSWERING, LINGERING, CLOSED = range(4)
