@@ -1638,6 +1638,7 @@ class Receiver(HTTPServer):
         store: Store,
         figures: Figures,
         *,
+        tls: ssl.SSLContext | None,
         activated: bool,
     ) -> None:
         super().__init__(("", 0), Handler, bind_and_activate=False)
@@ -1649,7 +1650,7 @@ class Receiver(HTTPServer):
         self.path = settings.path.encode()
         scheme = "https" if settings.tls_cert else "http"
         self.url = f"{scheme}://{_address(listeners[0])}{settings.path}"
-        self.tls = load_tls(settings)
+        self.tls = tls
         self.stopping = False
         self.connections: dict[int, Handler] = {}
         self.turn = store.turn
@@ -2503,7 +2504,7 @@ def serve(settings: Settings) -> int:
     setup_logging()
     give_memory_back()
     instances = load_instances(settings.keys)
-    load_tls(settings)
+    tls = load_tls(settings)
     figures = Figures(watched=settings.console is not None)
     given = activated_listeners()
     figures.feed = figures.feed or (Feed() if "console" in given else None)
@@ -2514,7 +2515,9 @@ def serve(settings: Settings) -> int:
     store = open_store(settings, figures)
     for instance in instances.values():
         add_to_store(store, instance.name)
-    receiver = Receiver(settings, listeners, instances, store, figures, activated="live" in given)
+    receiver = Receiver(
+        settings, listeners, instances, store, figures, tls=tls, activated="live" in given
+    )
     receiver.start()
     watchdog = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6 or None
     threading.Thread(target=store.tend, args=(notify, watchdog), daemon=True).start()
