@@ -7,8 +7,6 @@ stalled handshakes, and prints the figures of each run.
 from __future__ import annotations
 
 import contextlib
-import datetime
-import ipaddress
 import os
 import random
 import shutil
@@ -26,10 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from harness import ACCEPTED, Pair, Receiver, eventually, signal_payload
+from peers import make_certificate
 from wire import Wire
 
 FULL = bool(os.environ.get("LIVEAPI_FULL"))
@@ -241,36 +237,8 @@ def calm(start: Callable[..., Receiver]) -> Iterator[Callable[..., Receiver]]:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    now = datetime.datetime.now(datetime.UTC)
-    signed = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(
-            x509.SubjectAlternativeName(
-                [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-            ),
-            False,
-        )
-        .sign(key, hashes.SHA256())
-    )
-    directory = tmp_path_factory.mktemp("tls")
-    (directory / "cert.pem").write_bytes(signed.public_bytes(serialization.Encoding.PEM))
-    (directory / "key.pem").write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    (directory / "key.pem").chmod(0o600)
-    return str(directory / "cert.pem"), str(directory / "key.pem")
+    made = make_certificate(tmp_path_factory.mktemp("tls"))
+    return str(made.cert), str(made.key)
 
 
 def trusting() -> ssl.SSLContext:
