@@ -106,8 +106,7 @@ _QUERY = _SEGMENT + rb"(?:[/?]" + _SEGMENT + rb")*"
 _NAME = rb"[A-Za-z0-9._~!$&'()*+,;=-]*(?:%[0-9A-Fa-f]{2}[A-Za-z0-9._~!$&'()*+,;=-]*)*"
 _HOST = rb"(?:\[[0-9A-Fa-f:.]+\]|(?=[^:/?])" + _NAME + rb")(?::[0-9]*)?"
 REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) HTTP/([0-9])\.([0-9])")  # 9112 section 3
-FIELD_LINE = re.compile(rb"(" + _TOKEN + rb"):([\t -~\x80-\xff]*)\r\n")  # 9112 section 5
-FIELD_LINES = re.compile(rb"(?:" + _TOKEN + rb":[\t -~\x80-\xff]*\r\n)*")
+FIELD_LINE = re.compile(rb"(" + _TOKEN + rb"):([\t -~\x80-\xff]*)")  # 9112 section 5
 TARGET = re.compile(  # RFC 9112 section 3.2: origin-form or absolute-form
     rb"(?:(?i:https?)://" + _HOST + rb")?(" + _PATH + rb")(?:\?(" + _QUERY + rb"))?"
 )
@@ -198,45 +197,28 @@ class Head:
 
 
 def parse_head(head: bytes) -> Head:
-    """Parse a head, from the request line to the blank line; Refusal if it is not strictly one."""
+    """Parse a head, from the request line to the blank line; Refusal if it is not strictly one.
+
+    The next head has most of its lines in common with this one, so their readings are kept.
+    """
     start = head.index(b"\r\n") + 2
     method, path, query, http_1_0 = parse_request_line(head[: start - 2])
-    fields = parse_fields(head, start, len(head) - 2)
+    fields = parse_fields(head[start:-2])
     host = fields.get(b"host")
     if host is None and not http_1_0:  # RFC 9112 section 3.2
         raise Refusal(400, "missing Host field")
-    if host is not None and not HOST.fullmatch(host):
-        raise Refusal(400, "malformed Host field")
-    options = fields.get(b"connection", b"").lower().translate(None, b" \t").split(b",")
-    return Head(
-        method,
-        path,
-        query,
-        fields,
-        _body_length(fields, http_1_0),
-        b"close" in options or (http_1_0 and b"keep-alive" not in options),
-        _expects_continue(fields, http_1_0),
+    length, close, continues = parse_framing(
+        host,
+        fields.get(b"transfer-encoding"),
+        fields.get(b"content-length"),
+        fields.get(b"connection", b""),
+        fields.get(b"expect"),
+        http_1_0=http_1_0,
     )
+    return Head(method, path, query, fields, length, close, continues)
 
 
-def parse_fields(data: bytes | bytearray, start: int, end: int) -> dict[bytes, bytes]:
-    """The field lines of a header or trailer section: values by name in lower case."""
-    if end - start > HEADER_BYTES or data.count(b"\n", start, end) > FIELDS:
-        raise Refusal(431, "header section too large")
-    if not FIELD_LINES.fullmatch(data, start, end):
-        raise Refusal(400, "malformed header field")
-    fields: dict[bytes, bytes] = {}
-    for name, value in FIELD_LINE.findall(data, start, end):
-        name, value = name.lower(), value.strip(b" \t")
-        if name in fields:
-            if name in SAID_ONCE:
-                raise Refusal(400, f"repeated {name.decode()} field")
-            value = fields[name] + b", " + value
-        fields[name] = value
-    return fields
-
-
-@functools.lru_cache(maxsize=32)  # most requests begin with the same line
+@functools.lru_cache(maxsize=32)
 def parse_request_line(line: bytes) -> tuple[str, bytes, bytes, bool]:
     """Method, path, query, and whether it is HTTP/1.0 (RFC 9112 section 3)."""
     match = REQUEST_LINE.fullmatch(line)
@@ -260,29 +242,61 @@ def parse_request_line(line: bytes) -> tuple[str, bytes, bytes, bool]:
     return method.decode(), path, query, minor == b"0"
 
 
-def _body_length(fields: Mapping[bytes, bytes], http_1_0: bool) -> int | None:
-    """Bytes of the body, None if it is chunked (RFC 9112 section 6)."""
-    coding, length = fields.get(b"transfer-encoding"), fields.get(b"content-length")
-    if coding is not None:
-        if http_1_0 or length is not None:  # section 6.1: the classic way to smuggle a request
+def parse_fields(section: bytes) -> dict[bytes, bytes]:
+    """The field lines of a header or trailer section: values by name in lower case."""
+    lines = section.split(b"\r\n")[:-1]
+    if len(section) > HEADER_BYTES or len(lines) > FIELDS:
+        raise Refusal(431, "header section too large")
+    fields = dict(map(parse_field, lines))
+    if len(fields) != len(lines):
+        fields = {}
+        for name, value in map(parse_field, lines):
+            if name in fields and name in SAID_ONCE:
+                raise Refusal(400, f"repeated {name.decode()} field")
+            fields[name] = fields[name] + b", " + value if name in fields else value
+    return fields
+
+
+@functools.lru_cache(maxsize=256)
+def parse_field(line: bytes) -> tuple[bytes, bytes]:
+    """Name in lower case and value of a field line (RFC 9112 section 5)."""
+    match = FIELD_LINE.fullmatch(line)
+    if not match:
+        raise Refusal(400, "malformed header field")
+    return match[1].lower(), match[2].strip(b" \t")
+
+
+@functools.lru_cache(maxsize=32)
+def parse_framing(
+    host: bytes | None,
+    coding: bytes | None,
+    length: bytes | None,
+    connection: bytes,
+    expect: bytes | None,
+    *,
+    http_1_0: bool,
+) -> tuple[int | None, bool, bool]:
+    """How a body is framed (None: chunked), whether it is the last, whether 100 is awaited."""
+    if host is not None and not HOST.fullmatch(host):
+        raise Refusal(400, "malformed Host field")
+    size: int | None = 0
+    if coding is not None:  # RFC 9112 section 6.1
+        if http_1_0 or length is not None:  # the classic way to smuggle a request
             raise Refusal(400, "ambiguous framing")
         if coding.lower() != b"chunked":
             raise Refusal(400, "unknown transfer coding")
-        return None
-    if length is None:
-        return 0
-    if not LENGTH.fullmatch(length):
-        raise Refusal(400, "malformed Content-Length")
-    return int(length)
-
-
-def _expects_continue(fields: Mapping[bytes, bytes], http_1_0: bool) -> bool:
-    expect = fields.get(b"expect")
-    if expect is None or http_1_0:  # RFC 9110 section 10.1.1: HTTP/1.0 knows no Expect
-        return False
-    if expect.lower() != b"100-continue":
+        size = None
+    elif length is not None:
+        if not LENGTH.fullmatch(length):
+            raise Refusal(400, "malformed Content-Length")
+        size = int(length)
+    if http_1_0:  # RFC 9110 section 10.1.1: it knows no Expect
+        expect = None
+    if expect is not None and expect.lower() != b"100-continue":
         raise Refusal(417, "unknown expectation")
-    return True
+    options = connection.lower().translate(None, b" \t").split(b",")
+    close = b"close" in options or (http_1_0 and b"keep-alive" not in options)
+    return size, close, expect is not None
 
 
 class RequestParser:
@@ -387,7 +401,7 @@ class RequestParser:
         self.scanned = len(self.buffer) if end < 0 else 0
         if end < 0:
             return False
-        if SAID_ONCE & parse_fields(self.buffer, start, stop).keys():
+        if SAID_ONCE & parse_fields(bytes(self.buffer[start:stop])).keys():
             raise Refusal(400, "malformed trailer")
         del self.buffer[: end + 4]
         return True
@@ -558,7 +572,7 @@ _UNIQUE_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs
 def _parse_json(data: bytes, *, unique_names: bool = False) -> Any:
     """The value of a JSON text (RFC 8259, UTF-8 without BOM); Unreadable if it is none."""
     try:
-        return (_UNIQUE_DECODER if unique_names else _DECODER).decode(data.decode("utf-8"))
+        return (_UNIQUE_DECODER if unique_names else _DECODER).decode(data.decode())
     except UnicodeDecodeError:
         raise Unreadable("not UTF-8") from None
     except RecursionError:
