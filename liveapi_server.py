@@ -1319,6 +1319,10 @@ GRACE_SECONDS = 0.3  # at a stop, for the first request of a connection that has
 # What a connection is about; only WAITING ones may be closed to make room.
 WAITING, ANSWERING, LINGERING, CLOSED = range(4)
 
+# What the poll wakes for: besides reading and writing, nothing for now. An error or a hang-up is
+# always told, but so only once.
+LATER = select.EPOLLONESHOT
+
 NEED_MORE = Answer(100)  # stands for: the request has not come whole yet
 
 
@@ -1343,7 +1347,7 @@ class Handler(BaseHTTPRequestHandler):
         self.since = time.monotonic()  # when it began to wait for its request
         self.deadline = self.since + server.settings.timeout
         self.begun = 0.0  # when the request's first bytes came; 0: not yet
-        self.watched = False  # in the poll's list
+        self.watched: int | None = None  # for which events the poll wakes; None: not in its list
         self.shaking_hands = server.tls is not None
         self.fate: Answer | None = None  # what the signal log said
         self.deferred = False  # more of its requests have come than are answered at once
@@ -1356,17 +1360,21 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if self.shaking_hands and not self._shake_hands():
                 return
-            if self.unsent and not self._send(b""):
+            was_unsent = self.unsent
+            if was_unsent and not self._send(b""):
                 return
-            if self.state == LINGERING:
-                self._linger()
-            elif self.fate:  # its signal's; should the client have gone, it is stored all the same
+            if self.fate:  # its signal's; should the client have gone, it is stored all the same
                 fate, self.fate = self.fate, None
                 self._answer(fate)
                 self._proceed()
+            elif self.state == LINGERING:
+                self._linger()
             elif self.state == ANSWERING:
-                self._after_answer()
-                self._proceed()
+                if was_unsent:
+                    self._after_answer()
+                    self._proceed()
+                else:  # more has come, or the client has gone: that can wait for the answer
+                    self._wait(LATER)
             elif self.deferred:
                 self.deferred = False
                 self._proceed()
@@ -1587,10 +1595,10 @@ class Handler(BaseHTTPRequestHandler):
             socket.socket.shutdown(self.request, socket.SHUT_WR)
         self._wait(select.EPOLLIN)
 
-    def _wait(self, event: int) -> None:
+    def _wait(self, events: int) -> None:
         """Leave the connection to the poll."""
         if self.state != CLOSED:
-            self.server.watch(self, event | select.EPOLLONESHOT)
+            self.server.watch(self, events)
 
     def expire(self) -> None:
         """The deadline has come, or room is needed: end what is waited for."""
@@ -1747,11 +1755,11 @@ class Receiver(HTTPServer):
         if handler.deadline < self.next_sweep:
             self.next_sweep = handler.deadline
             os.eventfd_write(self.wake, 1)  # who polls now would sleep past it
-        if handler.watched:
-            self.poll.modify(handler.request, events)
-        else:
-            handler.watched = True
+        if handler.watched is None:
             self.poll.register(handler.request, events)
+        elif handler.watched != events:
+            self.poll.modify(handler.request, events)
+        handler.watched = events
 
     def forget(self, handler: Handler) -> None:
         if self.connections.get(handler.fd) is handler:
