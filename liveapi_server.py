@@ -607,6 +607,9 @@ def _to_the_second(seconds: int) -> str:
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}"
 
 
+LINE_START = '{"received_at":"%s","instance":"%s","id":"%s",'
+
+
 def signal_line(instance: str, identity: str, payload: bytes) -> bytes:
     """The log's line for a signal: the payload as it was sent, but on one line.
 
@@ -614,23 +617,15 @@ def signal_line(instance: str, identity: str, payload: bytes) -> bytes:
     """
     if b"\n" in payload or b"\r" in payload:
         payload = payload.replace(b"\n", b" ").replace(b"\r", b" ")
-    return _line_start(instance, identity) + b'"signal":' + payload + b"}\n"
+    start = LINE_START % (rfc3339(time.time_ns()), instance, identity)
+    return b'%b"signal":%b}\n' % (start.encode(), payload)
 
 
 def rejected_line(instance: str, identity: str, reason: str, body: bytes) -> bytes:
     """The line for an authentic message that holds no signal: why, and the body as it was sent."""
-    rest = b'"reason":%b,"body_base64":"%b"}\n'
-    return _line_start(instance, identity) + rest % (
-        json.dumps(reason).encode(),
-        base64.b64encode(body),
-    )
-
-
-def _line_start(instance: str, identity: str) -> bytes:
-    start = (
-        f'{{"received_at":"{rfc3339(time.time_ns())}","instance":"{instance}","id":"{identity}",'
-    )
-    return start.encode()
+    start = LINE_START % (rfc3339(time.time_ns()), instance, identity)
+    members = start.encode(), json.dumps(reason).encode(), base64.b64encode(body)
+    return b'%b"reason":%b,"body_base64":"%b"}\n' % members
 
 
 LINE = re.compile(
@@ -682,8 +677,6 @@ def line_id(line: bytes) -> str | None:
 # that says it has synced what it has not.
 
 READ_BYTES = 1 << 20
-GATHER = 0.25  # pause between two batches, as a share of the time the last one took to store,
-GATHER_SECONDS = 0.002  # and at most
 SEGMENT_TIME = "%Y%m%dT%H%M%S.%fZ"
 
 
@@ -872,11 +865,7 @@ class SignalLog:
 
     def commit(self) -> None:
         """Store what has gathered, batch after batch, until nothing is left."""
-        took = 0.0
         while True:
-            # Under load a pause lets those join that were answered just now: fewer, fuller syncs.
-            if took and self.pending:
-                select.select([], [], [], min(took * GATHER, GATHER_SECONDS))
             with self.turn:
                 batch, self.pending = self.pending, []
                 if not batch:
@@ -1306,7 +1295,7 @@ class Figures:
 # ------------------------------------------------------------------------------------------------
 # 6  Server: connections, the threads that handle them, the answers
 
-HANDLER_THREADS = 4  # one reads; the others commit, or wait to read
+HANDLER_THREADS = 4  # one reads; the others commit, or stand by
 POLL_EVENTS = 64  # handled in one turn
 ACCEPT_AT_ONCE = 16  # so that a flood of connections, or of pipelined requests on one of them,
 ANSWER_AT_ONCE = 8  # does not keep the others waiting
@@ -1353,7 +1342,7 @@ class Handler(BaseHTTPRequestHandler):
         self.deferred = False  # more of its requests have come than are answered at once
         self.unsent = b""
         self.close_connection = False
-        self.requestline = "-"  # for the access log
+        self.used = False  # it has had a request
 
     def handle(self) -> None:
         """Go on with the connection as far as it goes without waiting."""
@@ -1468,7 +1457,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _judge(self, head: Head) -> None:
         """Refuse what can be refused by its head, before the body is waited for."""
-        self.requestline = f"{head.method} {head.path.decode()}"
+        self.used = True
         self.close_connection = head.close
         endpoint = head.path == self.server.path
         allowed = ("GET", "HEAD", "POST") if endpoint else ("GET", "HEAD")
@@ -1551,6 +1540,7 @@ class Handler(BaseHTTPRequestHandler):
         if answer is CANNOT_STORE and self.instance:
             figures.signals[self.instance.name, "unavailable"] += 1
         if self.server.settings.access_log:
+            self.requestline = f"{head.method} {head.path.decode()}" if head else "-"
             self.log_request(answer.status, len(answer.body))
         self.deadline = time.monotonic() + self.server.settings.timeout
         if self._send(answer.render(close=self.close_connection, with_body=not no_body)):
@@ -1648,7 +1638,12 @@ def _challenge(query: bytes) -> bytes:
 
 
 class Receiver(HTTPServer):
-    """The public listener. Its connections are shared by a few threads that take turns."""
+    """The public listener. Its connections are shared by a few threads that take turns.
+
+    One reads: it waits for what becomes readable and handles it. When lines are due it leaves and
+    commits them itself, so that in quiet times one thread does all. Should something become
+    readable meanwhile, or another log be due, the thread that stands by takes over the reading.
+    """
 
     address_family = socket.AF_UNIX  # of the framework's own socket: the sandbox allows no other
 
@@ -1676,10 +1671,13 @@ class Receiver(HTTPServer):
         self.stopping = False
         self.connections: dict[int, Handler] = {}
         self.turn = store.turn
-        self.reading = threading.Lock()  # who holds it waits for connections to become readable
-        self.committers = threading.Semaphore(HANDLER_THREADS - 1)  # one thread always reads
         self.next_sweep = float("inf")  # monotonic; no deadline is earlier
         self.poll = select.epoll()
+        self.standing_by = threading.Lock()  # held by the thread that relieves the reader
+        self.relief = select.epoll()  # wakes it when there is something to read, and nobody reads
+        self.relief.register(self.poll, LATER)
+        self.away = True  # nobody reads
+        self.committers = threading.Semaphore(HANDLER_THREADS - 1)  # one thread is left to read
         self.wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.poll.register(self.wake, select.EPOLLIN)
         for each in listeners:
@@ -1689,25 +1687,50 @@ class Receiver(HTTPServer):
             self.poll.register(each, select.EPOLLIN)
 
     def start(self) -> None:
+        self._leave()
         for _ in range(HANDLER_THREADS):
             threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """A handler thread's life: read, then commit what has gathered while another one reads."""
+        """A handler thread's life: stand by, read, commit, and read on unless another one does."""
         while True:
-            with self.reading:
-                while not (self.store.due and self.committers.acquire(blocking=False)):
-                    self._read_once()
+            with self.standing_by:
+                self.relief.poll()
             try:
-                self.store.commit_due()
-            except BaseException:  # better a restart than a log that nobody writes any more
-                log.exception("a defect in the signal log: please report it")
+                while self._take_over():
+                    self._read_until_due()
+                    self.store.commit_due()
+                    self.committers.release()
+            except BaseException:  # better a restart than signals that nobody takes any more
+                log.exception("a defect: please report it")
                 os._exit(1)
-            self.committers.release()
 
-    def _read_once(self) -> None:
-        """Wait for what is readable and handle it."""
-        left = self.next_sweep - time.monotonic()
+    def _take_over(self) -> bool:
+        """Become the reader, unless there is one."""
+        with self.turn:
+            if not self.away:
+                return False
+            self.away = False
+        self.relief.modify(self.poll, LATER)
+        return True
+
+    def _leave(self) -> None:
+        """Stop reading; whoever stands by takes over as soon as there is something to read."""
+        self.away = True
+        self.relief.modify(self.poll, select.EPOLLIN | select.EPOLLONESHOT)
+
+    def _read_until_due(self) -> None:
+        """Handle what is readable, until lines are due that this thread can go and commit."""
+        while not (self.store.due and self.committers.acquire(blocking=False)):
+            self._read_once()
+        self._read_once(wait=False)  # what has come meanwhile joins the batch
+        if len(self.store.due) > 1:  # another thread is wanted at once, for the next log
+            os.eventfd_write(self.wake, 1)
+        self._leave()
+
+    def _read_once(self, *, wait: bool = True) -> None:
+        """Handle what is readable."""
+        left = self.next_sweep - time.monotonic() if wait else 0.0
         ready = self.poll.poll(None if left > 1e9 else max(0.0, left), POLL_EVENTS)
         with self.turn:
             for fd, _ in ready:
@@ -1812,7 +1835,7 @@ class Receiver(HTTPServer):
                 if handler.state == WAITING and not handler.begun:
                     handler.handle()  # a request may just have come
                 if handler.state == WAITING and not handler.begun:
-                    if handler.requestline != "-":
+                    if handler.used:
                         handler.finish()
                     else:  # so new that its first request may be on its way
                         handler.deadline = min(handler.deadline, time.monotonic() + GRACE_SECONDS)
