@@ -308,8 +308,9 @@ def test_a_sync_that_fails_now_and_then_under_load_loses_and_doubles_nothing(
             "rename:error=EIO:when=2+3",
             "fsync:error=EIO:when=3+4",
         ) as trace:
-            eventually(lambda: load.answers[503] > 3, seconds=15)
-            assert was_injected(trace, "fdatasync")
+            eventually(
+                lambda: load.answers[503] > 3 and was_injected(trace, "fdatasync"), seconds=15
+            )
         recovers(receiver)
         load.reach(20)
     print(balance(load, receiver.signals))

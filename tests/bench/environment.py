@@ -93,7 +93,7 @@ def receiver_python(wanted: str) -> Path:
     return home / "bin/python"
 
 
-def _python_facts(python: Path) -> dict[str, object]:
+def python_facts(python: Path) -> dict[str, object]:
     code = """if True:
         import json, sys, cryptography
         gil = getattr(sys, "_is_gil_enabled", lambda: True)()
@@ -124,7 +124,7 @@ def facts(python: Path, directory: Path) -> dict[str, object]:
         "cores": os.cpu_count(),
         "kernel": platform.release(),
         "filesystem": kind,
-        "receiver": _python_facts(python),
+        "receiver": {**python_facts(python), "path": str(python)},
     }
 
 

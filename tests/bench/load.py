@@ -152,16 +152,18 @@ def still_open(connections: list[socket.socket]) -> int:
     return sum(map(is_open, connections))
 
 
-def sync_ms(directory: Path, count: int = 200) -> float:
-    """The median time that a write and an fdatasync of one line take here and now."""
+def bare_sync(directory: Path, count: int = 200) -> dict[str, float]:
+    """What a write and an fdatasync of one line take here and now: median ms, mean CPU µs."""
     path = directory / "sync"
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     times = []
+    cpu = time.process_time()
     for _ in range(count):
         started = time.perf_counter()
         os.write(log, b"x" * 650)
         os.fdatasync(log)
         times.append(time.perf_counter() - started)
+    cpu = time.process_time() - cpu
     os.close(log)
     path.unlink()
-    return statistics.median(times) * 1000
+    return {"ms": statistics.median(times) * 1000, "cpu_us": cpu / count * 1e6}

@@ -152,7 +152,10 @@ def growth_table(result: Result) -> list[str]:
 def header(result: Result) -> list[str]:
     machine, run = result["machine"], result["options"]
     ours = machine["receiver"]
-    versions = {"receiver on Python": ours["python"], "cryptography": ours["cryptography"]}
+    versions = {
+        f"receiver on {ours['path']}, Python": ours["python"],
+        "cryptography": ours["cryptography"],
+    }
     versions |= result["versions"]
     lines = [
         f"Measured {result['measured_at']} in {result['minutes']} minutes: {machine['cores']} "
@@ -165,8 +168,14 @@ def header(result: Result) -> list[str]:
     if not ours["gil"]:
         lines.append("The receiver runs on free-threaded Python.")
     if "rounds" in result:
-        syncs = ", ".join(f"{each['sync_ms']:.2f}" for each in result["rounds"])
-        lines.append(f"A write and an fdatasync by themselves, median in ms by round: {syncs}.")
+        syncs = [each["sync"] for each in result["rounds"]]
+        lines.append(
+            "A write and an fdatasync by themselves, by round: "
+            + ", ".join(f"{each['ms']:.2f} ms" for each in syncs)
+            + ", of it CPU: "
+            + ", ".join(f"{each['cpu_us']:.0f} µs" for each in syncs)
+            + "."
+        )
         others = [
             statistics.median(
                 each["others"]

@@ -1,7 +1,7 @@
 """The receiver beside other servers: signals per second, latency, processor time, memory.
 
     python tests/bench/run.py [--rounds N] [--seconds N] [--peers NAMES] [--connections LIST]
-                              [--python INTERPRETER] [--parts rates,footprint,growth]
+                              [--python INTERPRETERS] [--parts rates,footprint,growth]
 
 Sets the peers up in a cache directory of its own, runs every server alone, several rounds in
 alternating order, with signals that are never sent twice to the same log, and checks after each
@@ -26,7 +26,7 @@ from pathlib import Path
 import environment
 import report
 from footprint import footprint, growth
-from load import Measured, Scenario, check_log, fire, sync_ms
+from load import Measured, Scenario, bare_sync, check_log, fire
 from pool import Pair, Pool
 from servers import DEFAULT_PEERS, PEERS, Server, receiver, running
 
@@ -78,7 +78,10 @@ def options() -> argparse.Namespace:
         help="numbers; 16new is 16 with a new connection for each signal (default 1,16,64,16new)",
     )
     parser.add_argument(
-        "--python", default=sys.executable, metavar="INTERPRETER", help="that runs the receiver"
+        "--python",
+        default=sys.executable,
+        metavar="INTERPRETERS",
+        help="that run the receiver, the first of them in every part (default: this one)",
     )
     parser.add_argument("--parts", type=names(PARTS), default=list(PARTS), metavar="LIST")
     return parser.parse_args()
@@ -116,7 +119,7 @@ def rounds_of(
     for number in range(chosen.rounds):
         turn = number % len(names)
         order = [*names[turn:], *names[:turn]][:: -1 if number % 2 else 1]
-        result: dict[str, object] = {"sync_ms": sync_ms(work), "order": order}
+        result: dict[str, object] = {"sync": bare_sync(work), "order": order}
         for name in order:
             print(f"round {number + 1} of {chosen.rounds}: {name}", file=sys.stderr)
             ready, measured = one_run(
@@ -142,8 +145,12 @@ def main() -> None:
     peers = {name: PEERS[name] for name in chosen.peers}
     kinds = {"receiver", *(peer.kind for peer in peers.values())}
     environment.prepare(kinds)
-    python = environment.receiver_python(chosen.python)
-    servers = {"receiver": receiver(python), **peers}
+    python, *others = map(environment.receiver_python, chosen.python.split(","))
+    servers = {"receiver": receiver(python)}
+    for number, other in enumerate(others, 2):
+        version = environment.python_facts(other)["python"]
+        servers[f"receiver-{number}"] = receiver(other, f"the receiver on {other}, {version}")
+    servers |= peers
 
     with tempfile.TemporaryDirectory(prefix="run-", dir=environment.CACHE) as name:
         work = Path(name)

@@ -32,9 +32,9 @@ class Server:
     stores: bool = True
 
 
-def receiver(python: Path) -> Server:
+def receiver(python: Path, title: str = "the receiver") -> Server:
     command = (str(python), str(PROGRAM), "--keys", "keys", "--signals", "signals")
-    return Server("the receiver", "receiver", (*command, "--port", "{port}"))
+    return Server(title, "receiver", (*command, "--port", "{port}"))
 
 
 def _fastapi(title: str, sync: str) -> Server:
