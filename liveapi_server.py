@@ -22,10 +22,11 @@ The file is read from top to bottom in the order in which a signal travels:
     9  Commands     serve, check, demo
 
 A few handler threads share the connections. One of them reads: it waits for whatever becomes
-readable, checks it, and hands lines to the signal log. When lines have gathered it leaves the
-reading to the next thread and commits them: one write and one sync for all, then the 200s. So a
-signal costs no thread of its own, nor a switch to another one. One lock, the turn, guards all that
-is shared; it is let go only to wait, for the network or for the disk.
+readable, checks it, and hands lines to the signal log. When lines are due it leaves the reading and
+commits them: one write and one sync for all, then the 200s. Another thread takes over the reading
+only if there is something to read meanwhile. So a signal costs no thread of its own, nor a switch
+to another one. One lock, the turn, guards all that is shared; it is let go only to wait, for the
+network or for the disk.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ HERE = Path(__file__).resolve().parent
 PEERS = HERE / "peers"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "liveapi-server-bench"
 
-PEERS_PYTHON = CACHE / f"python{sys.version_info.major}.{sys.version_info.minor}" / "bin/python"
+BUILD = f"{platform.python_version()}-{Path(sys.base_prefix).name}"  # of this very interpreter
+PEERS_PYTHON = CACHE / f"python-{BUILD}" / "bin/python"
 NODE_MODULES = CACHE / "node/node_modules"
 GO_PROGRAM = CACHE / "go-peer"
 
