@@ -608,9 +608,6 @@ def _to_the_second(seconds: int) -> str:
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}"
 
 
-LINE_START = '{"received_at":"%s","instance":"%s","id":"%s",'
-
-
 def signal_line(instance: str, identity: str, payload: bytes) -> bytes:
     """The log's line for a signal: the payload as it was sent, but on one line.
 
@@ -618,15 +615,19 @@ def signal_line(instance: str, identity: str, payload: bytes) -> bytes:
     """
     if b"\n" in payload or b"\r" in payload:
         payload = payload.replace(b"\n", b" ").replace(b"\r", b" ")
-    start = LINE_START % (rfc3339(time.time_ns()), instance, identity)
-    return b'%b"signal":%b}\n' % (start.encode(), payload)
+    return b'%b"signal":%b}\n' % (_line_start(instance, identity), payload)
 
 
 def rejected_line(instance: str, identity: str, reason: str, body: bytes) -> bytes:
     """The line for an authentic message that holds no signal: why, and the body as it was sent."""
-    start = LINE_START % (rfc3339(time.time_ns()), instance, identity)
-    members = start.encode(), json.dumps(reason).encode(), base64.b64encode(body)
+    members = _line_start(instance, identity), json.dumps(reason).encode(), base64.b64encode(body)
     return b'%b"reason":%b,"body_base64":"%b"}\n' % members
+
+
+def _line_start(instance: str, identity: str) -> bytes:
+    received_at = rfc3339(time.time_ns())
+    start = f'{{"received_at":"{received_at}","instance":"{instance}","id":"{identity}",'
+    return start.encode()
 
 
 LINE = re.compile(
