@@ -1679,6 +1679,7 @@ class Receiver(HTTPServer):
         self.relief = select.epoll()  # wakes it when there is something to read, and nobody reads
         self.relief.register(self.poll, LATER)
         self.away = True  # nobody reads
+        self.relief_by = float("inf")  # monotonic; the thread that stands by wakes then at last
         self.committers = threading.Semaphore(HANDLER_THREADS - 1)  # one thread is left to read
         self.wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.poll.register(self.wake, select.EPOLLIN)
@@ -1697,7 +1698,7 @@ class Receiver(HTTPServer):
         """A handler thread's life: stand by, read, commit, and read on unless another one does."""
         while True:
             with self.standing_by:
-                self.relief.poll()
+                self._stand_by()
             try:
                 while self._take_over():
                     self._read_until_due()
@@ -1706,6 +1707,13 @@ class Receiver(HTTPServer):
             except BaseException:  # better a restart than signals that nobody takes any more
                 log.exception("a defect: please report it")
                 os._exit(1)
+
+    def _stand_by(self) -> None:
+        """Wait until there is something to read and nobody reads, or the next deadline is due."""
+        with self.turn:
+            now = time.monotonic()
+            self.relief_by = max(self.next_sweep, now + 0.1)  # a reader that is late will sweep
+        self.relief.poll(None if self.relief_by > 1e9 else self.relief_by - now)
 
     def _take_over(self) -> bool:
         """Become the reader, unless there is one."""
@@ -1720,6 +1728,8 @@ class Receiver(HTTPServer):
         """Stop reading; whoever stands by takes over as soon as there is something to read."""
         self.away = True
         self.relief.modify(self.poll, select.EPOLLIN | select.EPOLLONESHOT)
+        if self.next_sweep < self.relief_by:  # who stands by would sleep past it
+            os.eventfd_write(self.wake, 1)
 
     def _read_until_due(self) -> None:
         """Handle what is readable, until lines are due that this thread can go and commit."""

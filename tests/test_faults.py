@@ -25,6 +25,7 @@ import pytest
 from crash_run import Counts, Load, count_log, crash_run
 from harness import ACCEPTED, Answer, Pair, Receiver, eventually, payload_id, run, signal_payload
 from harness import free_ports as ports
+from peers import Wire, post_bytes, request_bytes
 
 FULL = os.environ.get("LIVEAPI_FULL") == "1"
 ROOT = os.geteuid() == 0
@@ -383,6 +384,32 @@ def test_while_the_disk_hangs_status_says_so_and_a_stop_takes_less_than_10_secon
         watched.process.kill()
     assert stopped.process.wait(5) == 0
     assert payload_id(kept) in stopped.ids("my-app")
+
+
+@needs_strace
+def test_while_the_disk_hangs_other_connections_end_in_time(
+    start: Callable[..., Receiver], pair: Pair, tmp_path: Path
+) -> None:
+    receiver = start("--timeout", "1", "--keepalive", "2")
+    trace = tmp_path / "t"
+    with (
+        injected(receiver, trace, "fdatasync:delay_enter=8000000"),
+        Wire(receiver) as idle,
+        Wire(receiver) as slow,
+        Wire(receiver, timeout=0.1) as hanging,
+    ):
+        idle.send(request_bytes("GET", "/status"))
+        assert idle.answer().status == 200
+        slow.send(b"POST /live HTTP/1.1\r\n")
+        began = time.monotonic()
+        hanging.send(post_bytes(pair, signal_payload()))  # after this nothing else comes in
+        assert slow.answer().status == 408
+        assert 0.9 < time.monotonic() - began < 2
+        assert idle.closed()
+        assert 1.5 < time.monotonic() - began < 3.5
+        assert not hanging.closed()
+        receiver.process.kill()
+    assert "fdatasync" in trace.read_text()
 
 
 # --- Strangers in the directory ----------------------------------------------------------------
