@@ -24,9 +24,9 @@ The file is read from top to bottom in the order in which a signal travels:
 A few handler threads share the connections. One of them reads: it waits for whatever becomes
 readable, checks it, and hands lines to the signal log. When lines are due it leaves the reading and
 commits them: one write and one sync for all, then the 200s. Another thread takes over the reading
-only if there is something to read meanwhile. So a signal costs no thread of its own, nor a switch
-to another one. One lock, the turn, guards all that is shared; it is let go only to wait, for the
-network or for the disk.
+only if the disk is slow, or another log is due. So a signal costs no thread of its own, nor a
+switch to another one. One lock, the turn, guards all that is shared; it is let go only to wait, for
+the network or for the disk.
 """
 
 from __future__ import annotations
@@ -1298,6 +1298,7 @@ class Figures:
 # 6  Server: connections, the threads that handle them, the answers
 
 HANDLER_THREADS = 4  # one reads; the others commit, or stand by
+RELIEF_SECONDS = 0.01  # how long what has come waits for a reader that commits
 POLL_EVENTS = 64  # handled in one turn
 ACCEPT_AT_ONCE = 16  # so that a flood of connections, or of pipelined requests on one of them,
 ANSWER_AT_ONCE = 8  # does not keep the others waiting
@@ -1643,8 +1644,9 @@ class Receiver(HTTPServer):
     """The public listener. Its connections are shared by a few threads that take turns.
 
     One reads: it waits for what becomes readable and handles it. When lines are due it leaves and
-    commits them itself, so that in quiet times one thread does all. Should something become
-    readable meanwhile, or another log be due, the thread that stands by takes over the reading.
+    commits them itself, so that mostly one thread does all: two that run by turns would get in each
+    other's way, and what comes during a sync has to wait for the next one anyhow. The thread that
+    stands by takes over the reading if another log is due, or if the disk is slow.
     """
 
     address_family = socket.AF_UNIX  # of the framework's own socket: the sandbox allows no other
@@ -1679,6 +1681,7 @@ class Receiver(HTTPServer):
         self.relief = select.epoll()  # wakes it when there is something to read, and nobody reads
         self.relief.register(self.poll, LATER)
         self.away = True  # nobody reads
+        self.absences = 0  # how often that was so
         self.relief_by = float("inf")  # monotonic; the thread that stands by wakes then at last
         self.committers = threading.Semaphore(HANDLER_THREADS - 1)  # one thread is left to read
         self.wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -1698,7 +1701,8 @@ class Receiver(HTTPServer):
         """A handler thread's life: stand by, read, commit, and read on unless another one does."""
         while True:
             with self.standing_by:
-                self._stand_by()
+                while not self._stand_by():
+                    pass
             try:
                 while self._take_over():
                     self._read_until_due()
@@ -1708,12 +1712,15 @@ class Receiver(HTTPServer):
                 log.exception("a defect: please report it")
                 os._exit(1)
 
-    def _stand_by(self) -> None:
-        """Wait until there is something to read and nobody reads, or the next deadline is due."""
+    def _stand_by(self) -> bool:
+        """Wait for something to read, or a deadline, while nobody reads; whether to take over."""
         with self.turn:
             now = time.monotonic()
             self.relief_by = max(self.next_sweep, now + 0.1)  # a reader that is late will sweep
         self.relief.poll(None if self.relief_by > 1e9 else self.relief_by - now)
+        absence = self.absences
+        called = select.select([self.wake], [], [], RELIEF_SECONDS)[0]
+        return self.away and (self.absences == absence or bool(called))
 
     def _take_over(self) -> bool:
         """Become the reader, unless there is one."""
@@ -1725,8 +1732,9 @@ class Receiver(HTTPServer):
         return True
 
     def _leave(self) -> None:
-        """Stop reading; whoever stands by takes over as soon as there is something to read."""
+        """Stop reading; who stands by will take over, should that be needed before the return."""
         self.away = True
+        self.absences += 1
         self.relief.modify(self.poll, select.EPOLLIN | select.EPOLLONESHOT)
         if self.next_sweep < self.relief_by:  # who stands by would sleep past it
             os.eventfd_write(self.wake, 1)
