@@ -1683,12 +1683,10 @@ class Receiver(HTTPServer):
         self.turn = store.turn
         self.next_sweep = float("inf")  # monotonic; no deadline is earlier
         self.poll = select.epoll()
-        self.standing_by = threading.Lock()  # held by the thread that relieves the reader
-        self.relief = select.epoll()  # wakes it when there is something to read, and nobody reads
-        self.relief.register(self.poll, LATER)
         self.away = True  # nobody reads
-        self.absences = 0  # how often that was so
-        self.relief_by = float("inf")  # monotonic; the thread that stands by wakes then at last
+        self.absences = 0  # how often the reader has left
+        self.left = threading.Event()  # it has, since the thread that stands by last looked
+        self.standing_by = threading.Lock()  # held by that thread
         self.committers = threading.Semaphore(HANDLER_THREADS - 1)  # one thread is left to read
         self.wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.poll.register(self.wake, select.EPOLLIN)
@@ -1699,51 +1697,37 @@ class Receiver(HTTPServer):
             self.poll.register(each, select.EPOLLIN)
 
     def start(self) -> None:
-        self._leave()
         for _ in range(HANDLER_THREADS):
             threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """A handler thread's life: stand by, read, commit, and read on unless another one does."""
-        while True:
-            with self.standing_by:
-                while not self._stand_by():
-                    pass
-            try:
+        """A handler thread's life: read, commit, read on unless another one does, stand by."""
+        try:
+            while True:
                 while self._take_over():
                     self._read_until_due()
                     self.store.commit_due()
                     self.committers.release()
-            except BaseException:  # better a restart than signals that nobody takes any more
-                log.exception("a defect: please report it")
-                os._exit(1)
-
-    def _stand_by(self) -> bool:
-        """Wait for something to read, or a deadline, while nobody reads; whether to take over."""
-        with self.turn:
-            now = time.monotonic()
-            self.relief_by = max(self.next_sweep, now + 0.1)  # a reader that is late will sweep
-        self.relief.poll(None if self.relief_by > 1e9 else self.relief_by - now)
-        absence = self.absences
-        called = select.select([self.wake], [], [], RELIEF_SECONDS)[0]
-        return self.away and (self.absences == absence or bool(called))
+                with self.standing_by:
+                    while not self._is_wanted():
+                        pass
+        except BaseException:  # better a restart than signals that nobody takes any more
+            log.exception("a defect: please report it")
+            os._exit(1)
 
     def _take_over(self) -> bool:
         """Become the reader, unless there is one."""
         with self.turn:
-            if not self.away:
-                return False
-            self.away = False
-        self.relief.modify(self.poll, LATER)
-        return True
+            taken, self.away = self.away, False
+            return taken
 
-    def _leave(self) -> None:
-        """Stop reading; who stands by will take over, should that be needed before the return."""
-        self.away = True
-        self.absences += 1
-        self.relief.modify(self.poll, select.EPOLLIN | select.EPOLLONESHOT)
-        if self.next_sweep < self.relief_by:  # who stands by would sleep past it
-            os.eventfd_write(self.wake, 1)
+    def _is_wanted(self) -> bool:
+        """Wait until the reader leaves; whether it stays away for long, or calls for help."""
+        self.left.wait()
+        self.left.clear()  # before looking: if the reader leaves from now on, it is set again
+        absence = self.absences
+        called = select.select([self.wake], [], [], RELIEF_SECONDS)[0]
+        return self.away and (self.absences == absence or bool(called))
 
     def _read_until_due(self) -> None:
         """Handle what is readable, until lines are due that this thread can go and commit."""
@@ -1752,7 +1736,10 @@ class Receiver(HTTPServer):
         self._read_once(wait=False)  # what has come meanwhile joins the batch
         if len(self.store.due) > 1:  # another thread is wanted at once, for the next log
             os.eventfd_write(self.wake, 1)
-        self._leave()
+        self.absences += 1
+        self.away = True
+        if not self.left.is_set():
+            self.left.set()
 
     def _read_once(self, *, wait: bool = True) -> None:
         """Handle what is readable."""
