@@ -1304,7 +1304,7 @@ class Figures:
 # 6  Server: connections, the threads that handle them, the answers
 
 HANDLER_THREADS = 4  # one reads; the others commit, or stand by
-RELIEF_SECONDS = 0.01  # how long what has come waits for a reader that commits
+RELIEF_SECONDS = 0.05  # how long what has come waits for a reader that commits
 POLL_EVENTS = 64  # handled in one turn
 ACCEPT_AT_ONCE = 16  # so that a flood of connections, or of pipelined requests on one of them,
 ANSWER_AT_ONCE = 8  # does not keep the others waiting
