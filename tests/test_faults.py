@@ -209,7 +209,11 @@ def injected(receiver: Receiver, trace: Path, *faults: str, only: str = "") -> I
 
 
 def was_injected(trace: Path, call: str) -> bool:
-    return re.search(rf"{call}\(.*INJECTED", trace.read_text(errors="replace")) is not None
+    """Whether a call was made to fail; strace may write it a moment after the receiver knows."""
+    told = re.compile(rf"{call}\(.*INJECTED")
+    with contextlib.suppress(AssertionError):
+        return bool(eventually(lambda: told.search(trace.read_text(errors="replace")), seconds=3))
+    return False
 
 
 @needs_strace
