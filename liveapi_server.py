@@ -752,6 +752,10 @@ class Disk:
     def sync(self, fd: int) -> None:
         os.fdatasync(fd)
 
+    def forget(self, fd: int) -> None:
+        """Have the next read come from the disk, not from memory (posix_fadvise(2))."""
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def sync_directory(self) -> None:
         self.hold()
         os.fsync(self.held)
@@ -906,7 +910,7 @@ class SignalLog:
             except OSError as error:
                 self.needed = len(lines)
                 return self._say_failure(error)
-            self._close_if_due()
+            self._close_if_over()
             return None
 
     def _append(self, lines: bytes) -> None:
@@ -956,7 +960,7 @@ class SignalLog:
             self._close_segment()
         if self.fd < 0:
             self._open_segment()
-        self._close_if_due()
+        self._close_if_over()
         if self.fd < 0:
             self._open_segment()
 
@@ -979,12 +983,14 @@ class SignalLog:
         """Open the segment, cut a torn tail off, and sync what is there and its directory entry."""
         fd = self.disk.open(self.name)
         try:
+            self.disk.sync(fd)
+            self.disk.forget(fd)
             status = self.disk.stat(fd)
             size = self._whole_lines(fd, status.st_size)
             if size < status.st_size:
                 log.warning("%s: cut a torn line of %d bytes", self.name, status.st_size - size)
                 self.disk.cut(fd, size)
-            self.disk.sync(fd)
+                self.disk.sync(fd)
             self.disk.sync_directory()
         except OSError:
             self.disk.close(fd)
@@ -1006,12 +1012,16 @@ class SignalLog:
             end = start
         return 0
 
-    def _close_if_due(self) -> None:
-        """Close a segment that is full or of another day. If that fails, it is tried again."""
+    def _is_over(self) -> bool:
+        """Whether the open segment is full, or of another day."""
         today = self.clock().date()
         if not self.size:
             self.day = today
-        if self.size >= self.segment_bytes or self.day != today:
+        return self.size >= self.segment_bytes or self.day != today
+
+    def _close_if_over(self) -> None:
+        """Close a segment that is over. If that fails, it is tried again."""
+        if self._is_over():
             try:
                 self._close_segment()
             except OSError as error:
@@ -1076,13 +1086,15 @@ class SignalLog:
     def newest_lines(self, *, synced: bool = False) -> Iterator[bytes]:
         """The log's lines, newest first, without their newlines; OSError.
 
-        `synced`: see that they are on disk, for a crash may have left them in memory only.
+        `synced`: see that they are on disk, for a crash may have left them in memory only. A sync
+        that failed before may have, too, and one that succeeds now does not tell.
         """
         for name in self.segment_names():
             fd = self.disk.open_to_read(name)
             try:
                 if synced:
                     self.disk.sync(fd)
+                    self.disk.forget(fd)
                 yield from self._lines_backward(fd)
             finally:
                 self.disk.close(fd)
@@ -1106,12 +1118,11 @@ class SignalLog:
     def tend(self) -> None:
         """Do what time asks for: close yesterday's segment, and try again after a failure."""
         with self.storing:
-            if not self.failure:
-                if self.fd >= 0:
-                    self._close_if_due()
-                return
             try:
-                self._prepare()
+                if self.failure or (self.fd >= 0 and self._is_over()):
+                    self._prepare()
+                if not self.failure:
+                    return
                 self.disk.probe(max(self.needed, 4096))
             except OSError:
                 return

@@ -153,6 +153,10 @@ class PaperDisk(liveapi_server.Disk):
         inode.safe, inode.unsynced = after(inode.safe, inode.unsynced), []
         self.moment("sync")
 
+    def forget(self, fd: int) -> None:
+        inode = self.inodes[self.files[fd]]
+        inode.seen = after(inode.safe, inode.unsynced)
+
     def sync_directory(self) -> None:
         self.before("sync_directory")
         self.safe, self.unsynced = self.names_after(len(self.unsynced)), []
@@ -509,6 +513,41 @@ def test_blocks_that_reach_the_disk_out_of_order_harm_no_acknowledged_signal() -
         ids = Counter(filter(None, map(liveapi_server.line_id, left.log_lines())))
         assert ids == Counter(list(sender.sent))
         assert kept <= set(ids)
+
+
+def test_a_line_that_a_failed_sync_left_in_memory_only_is_not_taken_for_stored() -> None:
+    # The kernel drops what a sync could not write, but shows it to who reads; then the cut fails
+    # as well, and the process is killed before it can try again.
+    disk = PaperDisk()
+    sender = begin(disk)
+    disk.before = lambda call: fail_at(call, "sync", "cut")
+    sender.send(signals(1))
+    assert sender.acknowledged == set()
+    left = disk.crashed()
+    again = begin(left)
+    again.send([*sender.sent.values()])
+    assert again.acknowledged == set(sender.sent)
+    ids = [liveapi_server.line_id(line) for line in left.after_power_loss(0, {}).log_lines()]
+    assert ids == list(sender.sent)
+
+
+def test_a_segment_that_someone_cut_is_mended_before_it_closes_at_midnight() -> None:
+    disk, clock = PaperDisk(), Clock()
+    disk.now = clock
+    sender = begin(disk)
+    sender.send(signals(2))
+    (inode,) = disk.inodes.values()
+    inode.seen = inode.seen[:-20]
+    inode.unsynced.append(len(inode.seen))
+    clock.turn(days=1)
+    sender.log.tend()
+    assert len(disk.log_files()) == 2
+    assert len(disk.log_lines()) == 1
+
+
+def fail_at(call: str, *at: str) -> None:
+    if call in at:
+        raise OSError(errno.EIO, "Input/output error")
 
 
 def raise_at(call: str, at: str) -> None:
