@@ -21,12 +21,10 @@ The file is read from top to bottom in the order in which a signal travels:
     8  Life         options, systemd, reload, stop
     9  Commands     serve, check, demo
 
-A few handler threads share the connections. One of them reads: it waits for whatever becomes
-readable, checks it, and hands lines to the signal log. When lines are due it leaves the reading and
-commits them: one write and one sync for all, then the 200s. Another thread takes over the reading
-only if the disk is slow, or another log is due. So a signal costs no thread of its own, nor a
-switch to another one. One lock, the turn, guards all that is shared; it is let go only to wait, for
-the network or for the disk.
+Two threads share all connections. One reads: it waits for whatever becomes readable, checks it and
+hands lines to the signal log. When lines are due it commits them itself: one write and one sync
+for all, then the 200s. So a signal costs no thread of its own, nor a switch to another one. The
+other thread stands by, and takes over the reading while the disk is slow.
 """
 
 from __future__ import annotations
@@ -44,6 +42,7 @@ import functools
 import hashlib
 import hmac
 import http.client
+import itertools
 import json
 import logging
 import os
@@ -60,7 +59,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
@@ -99,31 +98,31 @@ HEADER_BYTES = 32768
 FIELDS = 100
 CHUNK_LINE_BYTES = 256
 
-_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 section 5.6.2
-_PCHARS = rb"[A-Za-z0-9._~!$&'()*+,;=:@-]*"  # RFC 3986 section 3.3, less the percent signs
-_SEGMENT = _PCHARS + rb"(?:%[0-9A-Fa-f]{2}" + _PCHARS + rb")*"
-_PATH = rb"(?:/" + _SEGMENT + rb")+"
-_QUERY = _SEGMENT + rb"(?:[/?]" + _SEGMENT + rb")*"
-_NAME = rb"[A-Za-z0-9._~!$&'()*+,;=-]*(?:%[0-9A-Fa-f]{2}[A-Za-z0-9._~!$&'()*+,;=-]*)*"
-_HOST = rb"(?:\[[0-9A-Fa-f:.]+\]|(?=[^:/?])" + _NAME + rb")(?::[0-9]*)?"
-REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([!-~]+) HTTP/([0-9])\.([0-9])")  # 9112 section 3
-FIELD_LINE = re.compile(rb"(" + _TOKEN + rb"):([\t -~\x80-\xff]*)")  # 9112 section 5
-TARGET = re.compile(  # RFC 9112 section 3.2: origin-form or absolute-form
-    rb"(?:(?i:https?)://" + _HOST + rb")?(" + _PATH + rb")(?:\?(" + _QUERY + rb"))?"
+
+def _rule(pattern: str) -> re.Pattern[bytes]:
+    return re.compile(pattern.encode())
+
+
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 section 5.6.2
+_CHAR = r"A-Za-z0-9._~!$&'()*+,;=\-"  # RFC 3986 section 2: unreserved and sub-delims
+_ESCAPED = r"%[0-9A-Fa-f]{2}"
+_PATH = rf"/(?:[{_CHAR}:@/]|{_ESCAPED})*"
+_QUERY = rf"(?:[{_CHAR}:@/?]|{_ESCAPED})*"
+_HOST = rf"(?:\[[0-9A-Fa-f:.]+\]|(?:[{_CHAR}]|{_ESCAPED})+)(?::[0-9]*)?"
+_QUOTED = r'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
+REQUEST_LINE = _rule(rf"({_TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])")  # RFC 9112 section 3
+TARGET = _rule(  # RFC 9112 section 3.2: origin-form or absolute-form
+    rf"(?:(?i:https?)://{_HOST}|(?=/))({_PATH})?(?:\?({_QUERY}))?"
 )
-ABSOLUTE_ROOT = re.compile(rb"(?i:https?)://" + _HOST + rb"(?:\?(" + _QUERY + rb"))?")
-HOST = re.compile(_HOST)
-LENGTH = re.compile(rb"[0-9]{1,18}")  # RFC 9110 section 8.6
-CHUNK_LINE = re.compile(  # RFC 9112 section 7.1; white space in an extension is refused
-    rb"([0-9A-Fa-f]{1,8})(?:;"
-    + _TOKEN
-    + rb"(?:=(?:"
-    + _TOKEN
-    + rb'|"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"))?)*'
+FIELD_LINE = _rule(rf"({_TOKEN}):([\t -~\x80-\xff]*)")  # RFC 9112 section 5
+HOST = _rule(_HOST)
+LENGTH = _rule(r"[0-9]{1,18}")  # RFC 9110 section 8.6
+CHUNK_LINE = _rule(  # RFC 9112 section 7.1; white space in an extension is refused
+    rf"([0-9A-Fa-f]{{1,8}})(?:;{_TOKEN}(?:=(?:{_TOKEN}|{_QUOTED}))?)*"
 )
 # What can't be part of any head, so that it is refused before the rest is waited for: control
 # bytes (a TLS hello, say), a line feed without its carriage return, and the reverse.
-NEVER_IN_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n|\Z)")
+NEVER_IN_HEAD = _rule(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n|\Z)")
 # Fields that say one thing; said twice they could be read in two ways.
 SAID_ONCE = {PUBLIC_KEY, SIGNATURE} | set(
     b"host content-length transfer-encoding content-type content-encoding expect".split()
@@ -138,11 +137,13 @@ class Answer:
     body: bytes = b""
     content_type: str = "application/json"
     headers: tuple[tuple[str, str], ...] = ()
+    endless: bool = False  # the body goes on after these bytes, until the connection is closed
 
     def __post_init__(self) -> None:
         self.status_line = f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}\r\n".encode()
-        fields = (("Content-Type", self.content_type), ("Content-Length", len(self.body)))
-        self.fields = "".join(f"{k}: {v}\r\n" for k, v in (*fields, *self.headers)).encode()
+        fields = [("Content-Type", self.content_type), ("Content-Length", str(len(self.body)))]
+        fields = [*fields[: 1 if self.endless else 2], *self.headers]
+        self.fields = "".join(f"{name}: {value}\r\n" for name, value in fields).encode()
 
     def render(self, *, close: bool, with_body: bool = True) -> bytes:
         """The answer's bytes (RFC 9112 section 4), dated as RFC 9110 section 6.6.1 asks."""
@@ -164,6 +165,12 @@ def http_date(second: int) -> bytes:
 def json_answer(code: int, /, **members: Any) -> Answer:
     retry = (("Retry-After", "5"),) if code == 503 else ()
     return Answer(code, json.dumps(members, separators=(",", ":")).encode(), headers=retry)
+
+
+def not_allowed(*allowed: str) -> Refusal:
+    refused = json_answer(405, error="method not allowed")
+    allow = (("Allow", ", ".join(allowed)),)
+    return Refusal(dataclasses.replace(refused, headers=allow), "method not allowed")
 
 
 ACCEPTED = json_answer(200, message="message received")
@@ -193,7 +200,7 @@ class Head:
     query: bytes
     fields: dict[bytes, bytes]  # names in lower case; repeated fields joined by a comma
     length: int | None  # bytes of body; None: chunked
-    close: bool
+    close: bool  # no other request follows
     continues: bool  # the client waits for "100 Continue"
 
 
@@ -203,25 +210,18 @@ def parse_head(head: bytes) -> Head:
     The next head has most of its lines in common with this one, so their readings are kept.
     """
     start = head.index(b"\r\n") + 2
-    method, path, query, http_1_0 = parse_request_line(head[: start - 2])
+    method, path, query, minor = parse_request_line(head[: start - 2])
     fields = parse_fields(head[start:-2])
-    host = fields.get(b"host")
-    if host is None and not http_1_0:  # RFC 9112 section 3.2
-        raise Refusal(400, "missing Host field")
-    length, close, continues = parse_framing(
-        host,
-        fields.get(b"transfer-encoding"),
-        fields.get(b"content-length"),
-        fields.get(b"connection", b""),
-        fields.get(b"expect"),
-        http_1_0=http_1_0,
-    )
+    framing = map(fields.get, (b"host", b"transfer-encoding", b"content-length", b"expect"))
+    length, continues = parse_framing(minor, *framing)
+    options = fields.get(b"connection", b"").lower().translate(None, b" \t").split(b",")
+    close = b"close" in options or (minor == b"0" and b"keep-alive" not in options)
     return Head(method, path, query, fields, length, close, continues)
 
 
 @functools.lru_cache(maxsize=32)
-def parse_request_line(line: bytes) -> tuple[str, bytes, bytes, bool]:
-    """Method, path, query, and whether it is HTTP/1.0 (RFC 9112 section 3)."""
+def parse_request_line(line: bytes) -> tuple[str, bytes, bytes, bytes]:
+    """Method, path, query, and HTTP's minor version (RFC 9112 section 3)."""
     match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise Refusal(400, "malformed request line")
@@ -230,17 +230,14 @@ def parse_request_line(line: bytes) -> tuple[str, bytes, bytes, bool]:
         raise Refusal(414, "target too long")
     if major != b"1":
         raise Refusal(505, "HTTP version not supported")
-    path, query = target, b""
-    asterisk = target == b"*" and method == b"OPTIONS"
-    authority = method == b"CONNECT" and HOST.fullmatch(target)
-    if not (asterisk or authority):
-        if match := TARGET.fullmatch(target):
-            path, query = match[1], match[2] or b""
-        elif match := ABSOLUTE_ROOT.fullmatch(target):
-            path, query = b"/", match[1] or b""
-        else:
-            raise Refusal(400, "malformed target")
-    return method.decode(), path, query, minor == b"0"
+    if (target == b"*" and method == b"OPTIONS") or (
+        method == b"CONNECT" and HOST.fullmatch(target)
+    ):
+        return method.decode(), target, b"", minor
+    match = TARGET.fullmatch(target)
+    if not match:
+        raise Refusal(400, "malformed target")
+    return method.decode(), match[1] or b"/", match[2] or b"", minor
 
 
 def parse_fields(section: bytes) -> dict[bytes, bytes]:
@@ -269,35 +266,28 @@ def parse_field(line: bytes) -> tuple[bytes, bytes]:
 
 @functools.lru_cache(maxsize=32)
 def parse_framing(
+    minor: bytes,
     host: bytes | None,
     coding: bytes | None,
     length: bytes | None,
-    connection: bytes,
     expect: bytes | None,
-    *,
-    http_1_0: bool,
-) -> tuple[int | None, bool, bool]:
-    """How a body is framed (None: chunked), whether it is the last, whether 100 is awaited."""
+) -> tuple[int | None, bool]:
+    """The body's length in bytes (None: chunked), and whether "100 Continue" is waited for."""
+    if host is None and minor != b"0":  # RFC 9112 section 3.2
+        raise Refusal(400, "missing Host field")
     if host is not None and not HOST.fullmatch(host):
         raise Refusal(400, "malformed Host field")
-    size: int | None = 0
-    if coding is not None:  # RFC 9112 section 6.1
-        if http_1_0 or length is not None:  # the classic way to smuggle a request
-            raise Refusal(400, "ambiguous framing")
-        if coding.lower() != b"chunked":
-            raise Refusal(400, "unknown transfer coding")
-        size = None
-    elif length is not None:
-        if not LENGTH.fullmatch(length):
-            raise Refusal(400, "malformed Content-Length")
-        size = int(length)
-    if http_1_0:  # RFC 9110 section 10.1.1: it knows no Expect
+    if coding is not None and (minor == b"0" or length is not None):  # RFC 9112 section 6.1:
+        raise Refusal(400, "ambiguous framing")  # the classic way to smuggle a request
+    if coding is not None and coding.lower() != b"chunked":
+        raise Refusal(400, "unknown transfer coding")
+    if length is not None and not LENGTH.fullmatch(length):
+        raise Refusal(400, "malformed Content-Length")
+    if minor == b"0":  # it knows no Expect (RFC 9110 section 10.1.1)
         expect = None
     if expect is not None and expect.lower() != b"100-continue":
         raise Refusal(417, "unknown expectation")
-    options = connection.lower().translate(None, b" \t").split(b",")
-    close = b"close" in options or (http_1_0 and b"keep-alive" not in options)
-    return size, close, expect is not None
+    return None if coding else int(length or 0), expect is not None
 
 
 class RequestParser:
@@ -311,7 +301,7 @@ class RequestParser:
         self.max_body = max_body  # bytes
         self.buffer = bytearray()
         self.head: Head | None = None  # of the request whose body is awaited
-        self.scanned = 0  # bytes of an incomplete head that need no second look
+        self.scanned = 0  # bytes of an incomplete head or trailer that need no second look
         self.blank_line_skipped = False
         self.chunks = bytearray()  # of a chunked body, what has come whole
 
@@ -352,16 +342,16 @@ class RequestParser:
 
     def next_body(self) -> bytes | None:
         assert self.head is not None
-        if self.head.length is None:
+        length = self.head.length
+        if length is None:
             if not self._take_chunks():
                 return None
-            body = bytes(self.chunks)
-            self.chunks = bytearray()
+            body, self.chunks = bytes(self.chunks), bytearray()
         else:
-            if len(self.buffer) < self.head.length:
+            if len(self.buffer) < length:
                 return None
-            body = bytes(self.buffer[: self.head.length])
-            del self.buffer[: self.head.length]
+            body = bytes(self.buffer[:length])
+            del self.buffer[:length]
         self.head = None
         return body
 
@@ -374,11 +364,10 @@ class RequestParser:
                 if len(buffer) >= CHUNK_LINE_BYTES or NEVER_IN_HEAD.search(buffer):
                     raise Refusal(400, "malformed chunk")
                 return False
-            match = CHUNK_LINE.fullmatch(buffer, 0, start - 2)
+            match = CHUNK_LINE.fullmatch(bytes(buffer[: start - 2]))
             if not match:
                 raise Refusal(400, "malformed chunk")
             size = int(match[1], 16)
-            del match  # it holds the buffer, which could not be cut
             if size == 0:
                 return self._take_trailers(start)
             if len(self.chunks) + size > self.max_body:
@@ -503,55 +492,57 @@ def _b64url_decode(text: bytes) -> bytes:
 
 def load_instances(directory: Path) -> dict[bytes, Instance]:
     """The instances of a keys directory by public key; OperatorError names the faulty file."""
-    files: dict[str, dict[str, Path]] = {}
     try:
-        entries = sorted(directory.iterdir())
+        paths = sorted(directory.iterdir())
     except OSError as error:
         raise OperatorError(
             f"cannot read the keys directory {directory}: {error.strerror}"
         ) from None
-    for path in entries:
+    pairs: dict[str, dict[str, bytes]] = {}
+    for path in paths:
         if path.name.startswith(".") or path.name.upper().startswith("README"):
             continue
         match = KEY_FILE.fullmatch(path.name)
         if not match:
             raise OperatorError(f"{path} is no key file: name it NAME.public or NAME.private")
-        name = match[1]
+        name, kind = match.groups()
         if name.endswith(".rejected") or CLOSED_SEGMENT.fullmatch(name + ".jsonl"):
             raise OperatorError(f"{path}: the name {name} is taken by files of the signal log")
-        files.setdefault(name, {})[match[2]] = path
-    instances: dict[bytes, Instance] = {}
-    for name, pair in files.items():
-        for kind in ("public", "private"):
-            if kind not in pair:
-                (other,) = pair.values()
-                raise OperatorError(f"{other} has no {name}.{kind} beside it: copy both keys")
-        instance = Instance(
-            name,
-            _read_key(pair["public"], rb"[!-~]+"),
-            _read_key(pair["private"], rb"[^\x00-\x1f\x7f]+"),
-        )
-        twin = instances.setdefault(instance.public_key, instance)
-        if twin is not instance:
-            raise OperatorError(f"{pair['public']} holds the same public key as {twin.name}.public")
-        if pair["private"].stat().st_mode & stat.S_IROTH:
-            log.warning("%s can be read by everyone: chmod 600 it", pair["private"])
-    if not instances:
+        pairs.setdefault(name, {})[kind] = _read_key(path, private=kind == "private")
+    if not pairs:
         raise OperatorError(
             f"no keys in {directory}: copy the Dashboard's two keys into NAME.public and"
             " NAME.private there"
         )
+    instances: dict[bytes, Instance] = {}
+    for name, pair in pairs.items():
+        if len(pair) < 2:
+            half, missing = ("public", "private") if "public" in pair else ("private", "public")
+            raise OperatorError(
+                f"{directory / name}.{half} has no {name}.{missing} beside it: copy both keys"
+            )
+        instance = Instance(name, pair["public"], pair["private"])
+        twin = instances.setdefault(instance.public_key, instance)
+        if twin is not instance:
+            path = directory / f"{name}.public"
+            raise OperatorError(f"{path} holds the same public key as {twin.name}.public")
     return instances
 
 
-def _read_key(path: Path, form: bytes) -> bytes:
+def names_of(instances: Mapping[bytes, Instance]) -> list[str]:
+    return sorted(each.name for each in instances.values())
+
+
+def _read_key(path: Path, *, private: bool) -> bytes:
     try:
         key = path.read_bytes().strip()
+        if private and path.stat().st_mode & stat.S_IROTH:
+            log.warning("%s can be read by everyone: chmod 600 it", path)
     except OSError as error:
         raise OperatorError(f"cannot read the key {path}: {error.strerror}") from None
     if not key:
         raise OperatorError(f"{path} is empty: copy the key from the Dashboard into it")
-    if not re.fullmatch(form, key):
+    if not re.fullmatch(rb"[^\x00-\x1f\x7f]+" if private else rb"[!-~]+", key):
         raise OperatorError(f"{path} does not hold one key: copy it again from the Dashboard")
     return key
 
@@ -676,7 +667,8 @@ def line_id(line: bytes) -> str | None:
 #
 #   write fails         the file is cut back to its last synced length; the batch gets 503.
 #   sync fails          the same, and the file is closed for good: the kernel may have dropped the
-#                       pages, so that a later sync which succeeds would prove nothing.
+#                       pages, so that a later sync which succeeds would prove nothing. For the
+#                       same reason a start reads from the disk what it takes for stored.
 #   closing fails       the segment stays open and closes later. Signals go on being stored.
 #   the file changes    someone renamed, removed or cut it: it is left alone, or mended as at a
 #                       start, and the path is opened anew before a byte is written.
@@ -686,6 +678,7 @@ def line_id(line: bytes) -> str | None:
 
 READ_BYTES = 1 << 20
 SEGMENT_TIME = "%Y%m%dT%H%M%S.%fZ"
+STALL_SECONDS = 10.0  # a commit that takes longer means that signals cannot be stored
 
 
 class Disk:
@@ -703,17 +696,13 @@ class Disk:
     def hold(self) -> None:
         """Lock the directory; again, if another one has taken its place."""
         now = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        if self.held >= 0 and os.path.samestat(os.fstat(now), os.fstat(self.held)):
-            os.close(now)
-            return
         try:
-            fcntl.flock(now, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(now)
-            raise
-        if self.held >= 0:
-            os.close(self.held)
-        self.held = now
+            if self.held < 0 or not os.path.samestat(os.fstat(now), os.fstat(self.held)):
+                fcntl.flock(now, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                now, self.held = self.held, now
+        finally:
+            if now >= 0:
+                os.close(now)
 
     def names(self) -> list[str]:
         return os.listdir(self.directory)
@@ -748,6 +737,10 @@ class Disk:
 
     def cut(self, fd: int, size: int) -> None:
         os.ftruncate(fd, size)
+
+    def begin_sync(self, fd: int, offset: int, length: int) -> None:
+        """Have what was written on its way to the disk, without waiting (posix_fadvise(2))."""
+        os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
 
     def sync(self, fd: int) -> None:
         os.fdatasync(fd)
@@ -786,9 +779,6 @@ class Window:
         self.order: deque[str] = deque()
         self.known: set[str] = set()
 
-    def __contains__(self, identity: str) -> bool:
-        return identity in self.known
-
     def add(self, identity: str) -> None:
         if not self.size or identity in self.known:
             return
@@ -815,50 +805,34 @@ class Entry:
 class SignalLog:
     """One log: its open segment, what has gathered for it, and what it has stored of late.
 
-    Who holds the turn may offer(); the thread that finds the log in `due` commits, and lets go of
-    the turn while it waits for the disk. `failure` is None while lines can be stored, else what
-    stands in the way.
+    A batch goes through take(), write(), sync() and settle(), in this order; the store says when,
+    and sees to it that no two threads are at it.
     """
 
-    def __init__(
-        self,
-        disk: Disk,
-        stem: str,
-        due: deque[SignalLog],
-        *,
-        window: int,
-        segment_bytes: int,
-        turn: threading.Lock | None = None,
-        committed: Callable[[SignalLog, list[Entry], float], None] = lambda *_: None,
-        clock: Callable[[], datetime] = now_utc,
-    ) -> None:
-        self.disk, self.stem, self.due, self.clock = disk, stem, due, clock
-        self.segment_bytes = segment_bytes
-        self.committed = committed
-        self.turn = turn or threading.Lock()  # guards these five:
-        self.pending: list[Entry] = []
+    def __init__(self, store: Store, stem: str) -> None:
+        self.store, self.disk, self.stem = store, store.disk, stem
+        self.pending: list[Entry] = []  # while there are any, the log is due
         self.in_flight: dict[str, Entry] = {}
-        self.window = Window(window)
-        self.committing = False  # a thread has taken it on to commit what is pending
-        self.failure: str | None = None
-        self.storing = threading.Lock()  # held by who touches the segment, and guards the rest:
+        self.window = Window(store.window)
+        self.batch: list[Entry] = []
+        self.written = 0  # bytes of the batch that are in the file; 0 too if none may stay there
+        self.failure: str | None = None  # what stands in the way of storing lines, if anything does
+        self.needed = 0  # bytes of the newest batch
         self.name = f"{stem}.jsonl"
         self.fd = -1
         self.identity = (0, 0)  # device and inode
         self.size = 0  # bytes; all of them synced whole lines
-        self.day = clock().date()
+        self.day = store.clock().date()
         self.cut_due = False  # the file may hold more than `size`: what a failed write left
         self.unsound = False  # a sync of the file has failed: nothing more goes into it
         self.closing_failed = False
         self.last_closed = ""  # time in the newest closed segment's name
-        self.needed = 0  # bytes that the batch needed that failed last
-        self.busy_since: float | None = None  # monotonic; a commit is under way
 
-    # What comes in
+    # The way of a line
 
     def offer(self, identity: str, line: bytes, answer: Answer, waiter: Waiter) -> Answer | None:
         """Take a line on. The answer, if it is known at once; else the waiter will be told."""
-        if identity in self.window:
+        if identity in self.window.known:
             return answer
         if self.failure:
             return CANNOT_STORE
@@ -869,69 +843,66 @@ class SignalLog:
         entry = Entry(identity, line, answer, [waiter])
         if self.window.size:
             self.in_flight[identity] = entry
+        if not self.pending:
+            self.store.due.append(self)
         self.pending.append(entry)
-        if not self.committing:
-            self.committing = True
-            self.due.append(self)
         return None
 
-    def commit(self) -> None:
-        """Store what has gathered, batch after batch, until nothing is left."""
-        while True:
-            with self.turn:
-                batch, self.pending = self.pending, []
-                if not batch:
-                    self.committing = False
-                    return
-            started = self.busy_since = time.monotonic()
-            failure = self._store(b"".join([entry.line for entry in batch]))
-            self.busy_since = None
-            took = time.monotonic() - started
-            with self.turn:
-                if self.failure and not failure:
-                    self._say_recovery()
-                self.failure = failure
-                for entry in batch:
-                    self.in_flight.pop(entry.identity, None)
-                    if not failure:
-                        self.window.add(entry.identity)
-                if not failure:
-                    self.committed(self, batch, took)
-                for entry in batch:
-                    for waiter in entry.waiters:
-                        waiter.answered(CANNOT_STORE if failure else entry.answer)
+    def take(self) -> None:
+        """Make what is pending the next batch."""
+        self.batch, self.pending = self.pending, []
 
-    def _store(self, lines: bytes) -> str | None:
-        """Write and sync whole lines; None, or why it failed. On failure none of them stays."""
-        with self.storing:
-            try:
-                self._prepare()
-                self._append(lines)
-            except OSError as error:
-                self.needed = len(lines)
-                return self._say_failure(error)
-            self._close_if_over()
-            return None
-
-    def _append(self, lines: bytes) -> None:
+    def write(self) -> None:
+        """Append the batch to the open segment; it does not count before it is synced."""
+        lines = b"".join([entry.line for entry in self.batch])
+        self.written, self.needed = 0, len(lines)
         try:
+            self._prepare()
             self.disk.append(self.fd, lines)
-        except OSError:
-            self._cut_back()
-            raise
+            self.written = len(lines)
+        except OSError as error:
+            self._fail(error)
+
+    def begin_sync(self) -> None:
+        if self.written:
+            self.disk.begin_sync(self.fd, self.size, self.written)
+
+    def sync(self) -> None:
+        """Make what was written durable; on failure none of it stays."""
+        if not self.written:
+            return
         try:
             self.disk.sync(self.fd)
-        except OSError:
-            self.unsound = True
-            self._cut_back()
-            raise
-        self.size += len(lines)
+        except OSError as error:
+            self.written, self.unsound = 0, True
+            self._fail(error)
+            return
+        self.size += self.written
+        self._recover()
+        self._close_if_over()
 
-    def _cut_back(self) -> None:
-        """Take back what may stand beyond the synced lines; if that fails, it stays due."""
-        self.cut_due = True
-        with contextlib.suppress(OSError):
-            self._cut()
+    def settle(self, seconds: float) -> None:
+        """Tell those who wait what has become of the batch, `seconds` after it was taken."""
+        for entry in self.batch:
+            self.in_flight.pop(entry.identity, None)
+            if self.written:
+                self.window.add(entry.identity)
+        if self.written:
+            self.store.committed(self, self.batch, seconds)
+        for entry in self.batch:
+            for waiter in entry.waiters:
+                waiter.answered(entry.answer if self.written else CANNOT_STORE)
+
+    def _fail(self, error: OSError) -> None:
+        """Take back what may stand beyond the synced lines; if that fails too, it stays due."""
+        reason = error.strerror or str(error)
+        if not self.failure:
+            log.error("cannot store signals in %s: %s; trying again", self.name, reason)
+        self.failure = reason
+        if self.fd >= 0:
+            self.cut_due = True
+            with contextlib.suppress(OSError):
+                self._cut()
 
     def _cut(self) -> None:
         if self.disk.stat(self.fd).st_size > self.size:  # never make a file longer
@@ -939,14 +910,10 @@ class SignalLog:
         self.disk.sync(self.fd)  # else a power loss could bring the lines back
         self.cut_due = False
 
-    def _say_failure(self, error: OSError) -> str:
-        reason = error.strerror or str(error)
-        if not self.failure:
-            log.error("cannot store signals in %s: %s; trying again", self.name, reason)
-        return reason
-
-    def _say_recovery(self) -> None:
-        log.info("signals are stored in %s again", self.name)
+    def _recover(self) -> None:
+        if self.failure:
+            log.info("signals are stored in %s again", self.name)
+            self.failure = None
 
     # The open segment
 
@@ -956,7 +923,7 @@ class SignalLog:
             if self.cut_due:
                 self._cut()
             self._notice_strangers()
-        if self.fd >= 0 and self.unsound:
+        if self.unsound:
             self._close_segment()
         if self.fd < 0:
             self._open_segment()
@@ -972,12 +939,14 @@ class SignalLog:
         except FileNotFoundError:
             pass
         log.warning("%s was changed by someone else: opening it anew", self.name)
-        self._let_go()
+        self.let_go()
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
+        """Close the file, not the segment."""
         fd, self.fd, self.unsound, self.cut_due = self.fd, -1, False, False
-        with contextlib.suppress(OSError):  # all that counts in it has been synced
-            self.disk.close(fd)
+        if fd >= 0:
+            with contextlib.suppress(OSError):  # all that counts in it has been synced
+                self.disk.close(fd)
 
     def _open_segment(self) -> None:
         """Open the segment, cut a torn tail off, and sync what is there and its directory entry."""
@@ -996,10 +965,8 @@ class SignalLog:
             self.disk.close(fd)
             raise
         self.fd, self.size, self.identity = fd, size, (status.st_dev, status.st_ino)
-        now = self.clock()
-        self.day = now.date()
-        if size:
-            self.day = datetime.fromtimestamp(status.st_mtime, UTC).date()
+        now = self.store.clock()
+        self.day = (datetime.fromtimestamp(status.st_mtime, UTC) if size else now).date()
 
     def _whole_lines(self, fd: int, size: int) -> int:
         """How many bytes of a file end with its last newline."""
@@ -1014,10 +981,10 @@ class SignalLog:
 
     def _is_over(self) -> bool:
         """Whether the open segment is full, or of another day."""
-        today = self.clock().date()
+        today = self.store.clock().date()
         if not self.size:
             self.day = today
-        return self.size >= self.segment_bytes or self.day != today
+        return self.size >= self.store.segment_bytes or self.day != today
 
     def _close_if_over(self) -> None:
         """Close a segment that is over. If that fails, it is tried again."""
@@ -1034,37 +1001,37 @@ class SignalLog:
 
         Should the clock have jumped back, a name takes the microsecond after the newest one.
         """
-        now = self.clock().strftime(SEGMENT_TIME)
+        now = self.store.clock().strftime(SEGMENT_TIME)
         if now <= self.last_closed:
             last = datetime.strptime(self.last_closed, SEGMENT_TIME)
             now = (last + timedelta(microseconds=1)).strftime(SEGMENT_TIME)
         self.disk.rename(self.name, f"{self.stem}-{now}.jsonl")
         self.last_closed = now
         self.closing_failed = False
-        self._let_go()
+        self.let_go()
+        self.size = 0
         self.disk.sync_directory()
 
-    # The start, the minutes without traffic, the end
+    # The start, and the minutes without traffic
 
     def start(self) -> None:
         """Mend the open segment and learn from the log's tail what is stored; OSError."""
-        with self.storing:
-            names = self.disk.names()
-            self.last_closed = max(self._closing_times(names), default="")
-            if self.name in names or not self.stem.endswith(".rejected"):
-                self._prepare()
-            newest_first: list[str] = []
-            damaged = 0
-            for line in self.newest_lines(synced=True) if self.window.size else ():
-                identity = line_id(line)
-                if identity:
-                    newest_first.append(identity)
-                else:
-                    damaged += 1
-                if len(newest_first) == self.window.size:
-                    break
-            for identity in reversed(newest_first):
-                self.window.add(identity)
+        names = self.disk.names()
+        self.last_closed = max(self._closing_times(names), default="")
+        if self.name in names or not self.stem.endswith(".rejected"):
+            self._prepare()
+        newest_first: list[str] = []
+        damaged = 0
+        for line in self.newest_lines(synced=True) if self.window.size else ():
+            identity = line_id(line)
+            if identity:
+                newest_first.append(identity)
+            else:
+                damaged += 1
+            if len(newest_first) == self.window.size:
+                break
+        for identity in reversed(newest_first):
+            self.window.add(identity)
         if damaged:
             log.warning("%s: left %d damaged line(s) as they are", self.name, damaged)
 
@@ -1076,20 +1043,16 @@ class SignalLog:
                     datetime.strptime(match[2], SEGMENT_TIME) + timedelta(days=1)
                     yield match[2]
 
-    def segment_names(self) -> list[str]:
-        """The names of the log's segments, newest first."""
-        names = self.disk.names()
-        closed = sorted(self._closing_times(names), reverse=True)
-        current = [self.name] if self.name in names else []
-        return current + [f"{self.stem}-{time_closed}.jsonl" for time_closed in closed]
-
     def newest_lines(self, *, synced: bool = False) -> Iterator[bytes]:
         """The log's lines, newest first, without their newlines; OSError.
 
         `synced`: see that they are on disk, for a crash may have left them in memory only. A sync
         that failed before may have, too, and one that succeeds now does not tell.
         """
-        for name in self.segment_names():
+        names = self.disk.names()
+        closed = sorted(self._closing_times(names), reverse=True)
+        segments = [f"{self.stem}-{time_closed}.jsonl" for time_closed in closed]
+        for name in [self.name, *segments] if self.name in names else segments:
             fd = self.disk.open_to_read(name)
             try:
                 if synced:
@@ -1117,89 +1080,104 @@ class SignalLog:
 
     def tend(self) -> None:
         """Do what time asks for: close yesterday's segment, and try again after a failure."""
-        with self.storing:
-            try:
-                if self.failure or (self.fd >= 0 and self._is_over()):
-                    self._prepare()
-                if not self.failure:
-                    return
+        with contextlib.suppress(OSError):
+            if self.failure or (self.fd >= 0 and self._is_over()):
+                self._prepare()
+            if self.failure:
                 self.disk.probe(max(self.needed, 4096))
-            except OSError:
-                return
-            with self.turn:
-                self.failure = None
-            self._say_recovery()
-
-    def stalled(self, seconds: float) -> bool:
-        """Whether a commit has been under way for so long that the disk must hang."""
-        since = self.busy_since
-        return since is not None and time.monotonic() - since > seconds
-
-    def close(self) -> None:
-        if self.fd >= 0:
-            self._let_go()
+                self._recover()
 
 
 class Store:
-    """All logs of a signals directory, and who commits them."""
+    """All logs of a signals directory, who commits them, and the two locks that guard them.
 
-    def __init__(self, disk: Disk, settings: Settings, figures: Figures) -> None:
-        self.disk, self.settings, self.figures = disk, settings, figures
+    Who holds the turn may touch connections, figures, and what is pending. Who holds `storing` may
+    touch the segments. The turn may be taken while `storing` is held, never the other way round.
+    """
+
+    def __init__(
+        self,
+        disk: Disk,
+        *,
+        window: int,
+        segment_bytes: int,
+        committed: Callable[[SignalLog, list[Entry], float], None] = lambda *_: None,
+        clock: Callable[[], datetime] = now_utc,
+    ) -> None:
+        self.disk, self.window, self.segment_bytes = disk, window, segment_bytes
+        self.committed, self.clock = committed, clock
         self.logs: dict[str, SignalLog] = {}
-        self.due: deque[SignalLog] = deque()
-        self.turn = threading.Lock()  # who holds it may touch connections, figures, what is pending
-        self.tending = threading.Event()
+        self.due: list[SignalLog] = []  # those with lines pending
+        self.turn = threading.Lock()
+        self.storing = threading.Lock()
+        self.committing = False
+        self.busy_since = 0.0  # monotonic; 0: no batch is on its way
+        self.failed = threading.Event()  # a batch has; tend() clears it
 
-    def add(self, instance: str) -> None:
-        """Open an instance's logs, unless they are open; OSError."""
-        for stem in (instance, f"{instance}.rejected"):
-            if stem not in self.logs:
-                new = SignalLog(
-                    self.disk,
-                    stem,
-                    self.due,
-                    window=self.settings.dedupe,
-                    segment_bytes=self.settings.segment_bytes,
-                    turn=self.turn,
-                    committed=self.figures.committed,
-                )
+    def open(self, stem: str) -> SignalLog:
+        """The log of that name, opened unless it is open; OSError."""
+        if stem not in self.logs:
+            new = SignalLog(self, stem)
+            with self.storing:
                 new.start()
-                self.logs[stem] = new
+            self.logs = {**self.logs, stem: new}  # others may be looking through the old one
+        return self.logs[stem]
 
-    def commit_due(self) -> None:
-        while self.due:
-            try:
-                due = self.due.popleft()
-            except IndexError:  # another thread was quicker
-                return
-            due.commit()
-            if due.failure:
-                self.tending.set()
+    def begin(self) -> bool:
+        """Whether lines are due that nobody commits; who asks is to do it."""
+        with self.turn:
+            begins = bool(self.due) and not self.committing
+            self.committing |= begins
+            return begins
+
+    def commit(self) -> None:
+        """Store what has gathered, batch after batch, until nothing is left.
+
+        Logs that are due together are written first and synced then: their syncs share the work.
+        """
+        while True:
+            with self.turn:
+                logs = self.due.copy()
+                self.due.clear()
+                for each in logs:
+                    each.take()
+                self.committing = bool(logs)
+                if not logs:
+                    return
+            started = self.busy_since = time.monotonic()
+            with self.storing:
+                for each in logs:
+                    each.write()
+                for each in logs if len(logs) > 1 else ():
+                    each.begin_sync()
+                for each in logs:
+                    each.sync()
+                self.busy_since = 0.0
+                with self.turn:
+                    for each in logs:
+                        each.settle(time.monotonic() - started)
+            if any(each.failure for each in logs):
+                self.failed.set()
 
     @property
     def can_store(self) -> bool:
-        return not any(each.failure or each.stalled(STALL_SECONDS) for each in self.logs.values())
+        since = self.busy_since
+        stalled = since and time.monotonic() - since > STALL_SECONDS
+        return not stalled and not any(each.failure for each in self.logs.values())
 
-    def tend(self, notify: Callable[[str], None], watchdog: float | None) -> None:
-        """A thread's life: wake at midnight, each second after a failure, and for the watchdog."""
-        while True:
-            self.tending.clear()
-            for each in list(self.logs.values()):
-                each.tend()
-            state = "storing signals" if self.can_store else "CANNOT STORE SIGNALS"
-            notify(f"STATUS={state}: {self.figures.summary()}")
-            if watchdog and self.can_store:
-                notify("WATCHDOG=1")
-            now = now_utc()
-            midnight = (now + timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
-            waits = [(midnight - now).total_seconds(), watchdog or 1e6]
-            if not self.can_store:
-                waits.append(1.0)
-            self.tending.wait(min(waits))
+    def tend(self) -> None:
+        """Do what time asks for, unless the disk is busy."""
+        self.failed.clear()
+        if self.storing.acquire(timeout=1.0):
+            try:
+                for each in list(self.logs.values()):
+                    each.tend()
+            finally:
+                self.storing.release()
 
     def close(self) -> None:
         for each in self.logs.values():
-            each.close()
+            each.let_go()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1223,13 +1201,14 @@ class Histogram:
         self.counts[bisect.bisect_left(self.bounds, value)] += 1
         self.sum += value
 
-    def render(self, name: str) -> Iterator[str]:
+    def samples(self) -> Iterator[tuple[str, float]]:
+        """What comes after the metric's name, and the number."""
         total = 0
         for bound, count in zip([*map(str, self.bounds), "+Inf"], self.counts, strict=True):
             total += count
-            yield f'{name}_bucket{{le="{bound}"}} {total}'
-        yield f"{name}_sum {self.sum:.6f}"
-        yield f"{name}_count {total}"
+            yield f'_bucket{{le="{bound}"}}', total
+        yield "_sum", round(self.sum, 6)
+        yield "_count", total
 
 
 class Feed:
@@ -1277,17 +1256,15 @@ class Figures:
 
     def committed(self, by: SignalLog, batch: list[Entry], seconds: float) -> None:
         instance = by.stem.removesuffix(".rejected")
-        if by.stem == instance:
-            self.signals[instance, "stored"] += len(batch)
+        signals = by.stem == instance
+        self.signals[instance, "stored" if signals else "set_aside"] += len(batch)
+        self.signals[instance, "repeated"] += sum(len(each.waiters) - 1 for each in batch)
+        self.commit_seconds.observe(seconds)
+        self.batch_lines.observe(len(batch))
+        if signals:
             self.stored[instance] = time.time_ns()
             if self.feed:
                 self.feed.publish(batch)
-        else:
-            self.signals[instance, "set_aside"] += len(batch)
-        repeated = sum(len(entry.waiters) for entry in batch) - len(batch)
-        self.signals[instance, "repeated"] += repeated
-        self.commit_seconds.observe(seconds)
-        self.batch_lines.observe(len(batch))
 
     def refuse(self, instance: str, reason: str) -> None:
         """Count a refusal and log its reason, but not again and again."""
@@ -1314,32 +1291,29 @@ class Figures:
 # ------------------------------------------------------------------------------------------------
 # 6  Server: connections, the threads that handle them, the answers
 
-HANDLER_THREADS = 4  # one reads; the others commit, or stand by
 RELIEF_SECONDS = 0.05  # how long what has come waits for a reader that commits
 POLL_EVENTS = 64  # handled in one turn
 ACCEPT_AT_ONCE = 16  # so that a flood of connections, or of pipelined requests on one of them,
 ANSWER_AT_ONCE = 8  # does not keep the others waiting
-RECEIVE_BYTES = 16384
+RECEIVE_BYTES = 16384  # what a TLS record can hold, so that nothing stays unseen in the TLS layer
 LINGER_SECONDS = 2.0  # for an answer to arrive before the connection is closed on unread bytes
-STALL_SECONDS = 10.0  # a commit that takes longer means that signals cannot be stored
 STOP_SECONDS = 8.0
 GRACE_SECONDS = 0.3  # at a stop, for the first request of a connection that has just been made
+NEVER = float("inf")
 
-# What a connection is about; only WAITING ones may be closed to make room.
-WAITING, ANSWERING, LINGERING, CLOSED = range(4)
-
-# What the poll wakes for: besides reading and writing, nothing for now. An error or a hang-up is
-# always told, but so only once.
+# What a connection waits for: bytes to read, room to send, or the signal log's word.
+READ, WRITE, LOG = select.EPOLLIN, select.EPOLLOUT, 0
+# To epoll: nothing for now. An error or a hang-up is always told, but so only once.
 LATER = select.EPOLLONESHOT
 
-NEED_MORE = Answer(100)  # stands for: the request has not come whole yet
+Life = Generator[int, Answer | None, None]  # yields what it waits for; is sent the log's word
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection. It is run by whichever thread finds it readable, never by two at a time.
+    """One connection. Its life is a generator that yields what it waits for.
 
-    The framework's handler blocks a thread for as long as its connection lives; this one returns
-    when nothing more can be done now, and handle() is called again when something can.
+    The framework's handler blocks a thread for as long as its connection lives. This one goes on
+    in whichever thread finds that what it waits for has come, never in two at a time.
     """
 
     request: socket.socket
@@ -1352,117 +1326,171 @@ class Handler(BaseHTTPRequestHandler):
         self.parser = RequestParser(server.settings.max_body)
         self.head: Head | None = None
         self.instance: Instance | None = None
-        self.state = WAITING
         self.since = time.monotonic()  # when it began to wait for its request
         self.deadline = self.since + server.settings.timeout
         self.begun = 0.0  # when the request's first bytes came; 0: not yet
         self.watched: int | None = None  # for which events the poll wakes; None: not in its list
-        self.shaking_hands = server.tls is not None
-        self.fate: Answer | None = None  # what the signal log said
-        self.deferred = False  # more of its requests have come than are answered at once
-        self.unsent = b""
-        self.close_connection = False
+        self.secured = False  # the TLS handshake is done
         self.used = False  # it has had a request
+        self.close_connection = False
+        self.waits = READ
+        self.life = self._live()
 
     def handle(self) -> None:
-        """Go on with the connection as far as it goes without waiting."""
+        """Go on: what it waits for may have come."""
+        if self.waits == LOG:  # more has come, or the client has gone: that can wait
+            self.server.watch(self, LATER)
+        else:
+            self._resume(self.life.send, None)
+
+    def answered(self, answer: Answer) -> None:
+        """The signal log's word on a line; called by the thread that committed it."""
+        self._resume(self.life.send, answer)
+
+    def expire(self) -> None:
+        """The deadline has come."""
+        self._resume(self.life.throw, TimeoutError())
+
+    def _resume(self, step: Callable[[Any], int], word: Answer | TimeoutError | None) -> None:
         try:
-            if self.shaking_hands and not self._shake_hands():
-                return
-            was_unsent = self.unsent
-            if was_unsent and not self._send(b""):
-                return
-            if self.fate:  # its signal's; should the client have gone, it is stored all the same
-                fate, self.fate = self.fate, None
-                self._answer(fate)
-                self._proceed()
-            elif self.state == LINGERING:
-                self._linger()
-            elif self.state == ANSWERING:
-                if was_unsent:
-                    self._after_answer()
-                    self._proceed()
-                else:  # more has come, or the client has gone: that can wait for the answer
-                    self._wait(LATER)
-            elif self.deferred:
-                self.deferred = False
-                self._proceed()
-            else:
-                self._receive()
-        except (BlockingIOError, ssl.SSLWantReadError):
-            self._wait(select.EPOLLIN)
-        except OSError:  # the client has gone
-            self.finish()
+            self.waits = step(word)
+            if self.waits != LOG:
+                self.server.watch(self, self.waits)
+        except (StopIteration, OSError):  # it has ended; the client has gone, or was too slow
+            pass
         except Exception:
             log.exception("a defect: please report it")
-            self.finish()
 
-    def _shake_hands(self) -> bool:
-        """The TLS handshake, as far as it goes (RFC 8446)."""
-        if not isinstance(self.request, ssl.SSLSocket):
-            assert self.server.tls
-            self.request = self.server.tls.wrap_socket(
-                self.request, server_side=True, do_handshake_on_connect=False
-            )
+    def _live(self) -> Life:
+        """From the handshake to the end, request after request."""
         try:
-            self.request.do_handshake()
-        except ssl.SSLWantWriteError:
-            self._wait(select.EPOLLOUT)
-            return False
-        self.shaking_hands = False
-        self.deadline = time.monotonic() + self.server.settings.timeout
-        return True
+            if self.server.tls:
+                yield from self._shake_hands(self.server.tls)
+            for served in itertools.count(1):
+                yield from self._serve_request()
+                if self.close_connection:
+                    break
+                if served % ANSWER_AT_ONCE == 0 and self.parser.begun:
+                    yield WRITE  # the others first
+            yield from self._linger()
+        finally:
+            self.server.connections.pop(self.fd, None)
+            self.deadline = NEVER
+            if isinstance(self.request, ssl.SSLSocket) and self.secured:
+                with contextlib.suppress(OSError):
+                    self.request.unwrap()  # says goodbye (RFC 8446 section 6.1); never waits
+            self.request.close()
 
-    def _receive(self) -> None:
-        data = self.request.recv(RECEIVE_BYTES)
+    def _shake_hands(self, tls: ssl.SSLContext) -> Life:
+        """The TLS handshake (RFC 8446)."""
+        secure = tls.wrap_socket(self.request, server_side=True, do_handshake_on_connect=False)
+        self.request = secure
+        while not self.secured:
+            try:
+                secure.do_handshake()
+                self.secured = True
+            except ssl.SSLWantReadError:
+                yield READ
+            except ssl.SSLWantWriteError:
+                yield WRITE
+        self.deadline = time.monotonic() + self.server.settings.timeout
+
+    def _serve_request(self) -> Life:
+        """Receive a request, do what it asks for, and answer it."""
+        parser, figures, settings = self.parser, self.server.figures, self.server.settings
+        self.head = self.instance = None
+        self.begun = time.monotonic() if parser.begun else 0.0
+        answer = yield from self._find_answer()
+        if answer is CANNOT_STORE and self.instance:
+            figures.signals[self.instance.name, "unavailable"] += 1
+        now = time.monotonic()
+        figures.request_seconds.observe(now - self.begun)
+        self.deadline = now + settings.timeout
+        self.close_connection |= self.server.stopping
+        asked = self.head or parser.head
+        no_body = asked.method == "HEAD" if asked else parser.buffer.startswith(b"HEAD ")
+        if settings.access_log:
+            self.requestline = f"{asked.method} {asked.path.decode()}" if asked else "-"
+            self.log_request(answer.status, len(answer.body))
+        yield from self._send(answer.render(close=self.close_connection, with_body=not no_body))
+        self.since = now
+        if not parser.begun:
+            self.deadline = now + settings.keepalive
+
+    def _find_answer(self) -> Generator[int, Answer | None, Answer]:
+        """Receive a request; what it is answered with, be it a refusal or that its time is up."""
+        parser = self.parser
+        try:
+            while (head := parser.next_head() if parser.buffer else None) is None:
+                yield from self._receive()
+            self.head, self.used = head, True
+            self.close_connection = head.close
+            self._judge(head)
+            while (body := parser.next_body()) is None:
+                if head.continues and not parser.buffer:  # RFC 9110 section 10.1.1
+                    yield from self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+                head.continues = False
+                yield from self._receive()
+            answer: Answer | None = getattr(self, f"do_{head.method}")(body)
+            if answer is None:
+                self.deadline = NEVER
+                answer = yield LOG
+                assert answer
+            return answer
+        except Refusal as refusal:
+            instance = self.instance.name if self.instance else ""
+            self.server.figures.refuse(instance, refusal.reason)
+            self.close_connection |= not self._skip_body()
+            return refusal.answer
+        except TimeoutError:
+            if not self.begun:
+                raise
+            self.server.figures.refuse("", "request not complete in time")
+            self.close_connection = True
+            return json_answer(408, error="request not complete in time")
+
+    def _receive(self) -> Life:
+        """Feed the parser what comes next."""
+        if self.used:  # for a new connection, the first request has often come with it
+            yield READ
+        while True:
+            try:
+                data = self.request.recv(RECEIVE_BYTES)
+                break
+            except (BlockingIOError, ssl.SSLWantReadError):
+                yield READ
         if not data:
-            self.finish()
-            return
+            raise ConnectionAbortedError("the client has gone")
         if not self.begun:
             self.begun = time.monotonic()
             self.deadline = self.begun + self.server.settings.timeout
         self.parser.feed(data)
-        self._proceed()
 
-    def _proceed(self) -> None:
-        """Answer the requests that have come whole, one after the other, if it is their time."""
-        if self.state != WAITING:
-            return
-        for _ in range(ANSWER_AT_ONCE):
+    def _send(self, data: bytes) -> Life:
+        while True:
             try:
-                answer = self._next_answer()
-            except Refusal as refusal:
-                instance = self.instance.name if self.instance else ""
-                self.server.figures.refuse(instance, refusal.reason)
-                self.close_connection |= not self._skip_body()
-                answer = refusal.answer
-            if answer is NEED_MORE:
-                self._wait(select.EPOLLIN)
-                return
-            if answer is None:  # the signal log will tell
-                return
-            self._answer(answer)
-            if self.state != WAITING:
-                return
-        self.deferred = True
-        self._wait(select.EPOLLOUT)
+                data = data[self.request.send(data) :]
+                if not data:
+                    return
+            except (BlockingIOError, ssl.SSLWantWriteError):
+                pass
+            self.since = 0.0  # its client is slow: it is the first to make room
+            yield WRITE
 
-    def _next_answer(self) -> Answer | None:
-        """The next request's answer; NEED_MORE; or None: it will come from the signal log."""
-        if self.head is None:
-            self.head = self.parser.next_head() if self.parser.buffer else None
-            if self.head is None:
-                return NEED_MORE
-            self._judge(self.head)
-        body = self.parser.next_body()
-        if body is None:
-            if self.head.continues and not self.parser.buffer:  # RFC 9110 section 10.1.1
-                self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.head.continues = False
-            return NEED_MORE
-        self.state = ANSWERING
-        answer: Answer | None = getattr(self, f"do_{self.head.method}")(body)
-        return answer
+    def _linger(self) -> Life:
+        """Wait until nothing unread is left: else the reset could overtake the answer."""
+        self.since, self.deadline = 0.0, time.monotonic() + LINGER_SECONDS
+        said_all = self.head is not None and self.head.close and not self.parser.begun
+        while True:
+            try:
+                if not self.request.recv(RECEIVE_BYTES):
+                    return
+            except (BlockingIOError, ssl.SSLWantReadError):
+                if said_all:
+                    return
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(self.request, socket.SHUT_WR)
+            yield READ
 
     def _skip_body(self) -> bool:
         """Whether a refused request has been read whole, so that the next one can be told."""
@@ -1473,22 +1501,21 @@ class Handler(BaseHTTPRequestHandler):
         except Refusal:
             return False
 
+    def log_message(self, format: str, *args: Any) -> None:
+        log.info("%s %s", self.client_address[0] if self.client_address else "-", format % args)
+
     # What is asked for
 
     def _judge(self, head: Head) -> None:
         """Refuse what can be refused by its head, before the body is waited for."""
-        self.used = True
-        self.close_connection = head.close
-        endpoint = head.path == self.server.path
-        allowed = ("GET", "HEAD", "POST") if endpoint else ("GET", "HEAD")
         if head.path == b"*":
             return
+        endpoint = head.path == self.server.path
         if not endpoint and head.path != b"/status" and head.method != "CONNECT":
             raise Refusal(404, "no such path")
+        allowed = ("GET", "HEAD", "POST") if endpoint else ("GET", "HEAD")
         if head.method not in allowed:
-            refused = json_answer(405, error="method not allowed")
-            allow = (("Allow", ", ".join(allowed)),)
-            raise Refusal(dataclasses.replace(refused, headers=allow), "method not allowed")
+            raise not_allowed(*allowed)
         if b"content-encoding" in head.fields:
             raise Refusal(415, "content coding not supported")
         if endpoint:
@@ -1510,7 +1537,7 @@ class Handler(BaseHTTPRequestHandler):
         assert self.head
         if self.instance is None:
             return STATUS_OK if self.server.store.can_store else STATUS_UNAVAILABLE
-        challenge = _challenge(self.head.query)
+        challenge = parse_challenge(self.head.query)
         self.server.figures.verified[self.instance.name] = time.time_ns()
         log.info("Verify: answered the challenge for %s", self.instance.name)
         return Answer(200, self.instance.sign(challenge), "text/plain")
@@ -1518,7 +1545,7 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def do_POST(self, body: bytes) -> Answer | None:
-        """A signal: authentic? then decrypt, then read; then off to the log."""
+        """A signal: authentic? then decrypt, then read; then off to the log, which will tell."""
         assert self.head
         assert self.instance
         fields, instance = self.head.fields, self.instance
@@ -1532,10 +1559,7 @@ class Handler(BaseHTTPRequestHandler):
             identity = message_id(payload)
             line = signal_line(instance.name, identity, payload)
         except Unreadable as reason:
-            stem, answer = (
-                f"{instance.name}.rejected",
-                json_answer(200, message=f"set aside: {reason}"),
-            )
+            stem, answer = f"{stem}.rejected", json_answer(200, message=f"set aside: {reason}")
             identity = message_id(body)
             line = rejected_line(instance.name, identity, str(reason), body)
         known = self.server.store.logs[stem].offer(identity, line, answer, self)
@@ -1543,100 +1567,9 @@ class Handler(BaseHTTPRequestHandler):
             self.server.figures.signals[instance.name, "repeated"] += 1
         return known
 
-    def answered(self, answer: Answer) -> None:
-        """The signal log's word on a line; called by the thread that committed it."""
-        self.fate = answer
-        self.handle()
 
-    # How it is answered
-
-    def _answer(self, answer: Answer) -> None:
-        self.state = ANSWERING
-        self.close_connection |= self.server.stopping
-        head = self.head or self.parser.head
-        no_body = head.method == "HEAD" if head else self.parser.buffer.startswith(b"HEAD ")
-        figures = self.server.figures
-        figures.request_seconds.observe(time.monotonic() - self.begun)
-        if answer is CANNOT_STORE and self.instance:
-            figures.signals[self.instance.name, "unavailable"] += 1
-        if self.server.settings.access_log:
-            self.requestline = f"{head.method} {head.path.decode()}" if head else "-"
-            self.log_request(answer.status, len(answer.body))
-        self.deadline = time.monotonic() + self.server.settings.timeout
-        if self._send(answer.render(close=self.close_connection, with_body=not no_body)):
-            self._after_answer()
-
-    def _send(self, data: bytes) -> bool:
-        """Send; what the client does not take now is sent when it does, until the deadline."""
-        data = self.unsent + data
-        try:
-            sent = self.request.send(data)
-        except (BlockingIOError, ssl.SSLWantWriteError):
-            sent = 0
-        self.unsent = data[sent:]
-        if self.unsent:
-            self._wait(select.EPOLLOUT)
-        return not self.unsent
-
-    def _after_answer(self) -> None:
-        if self.close_connection:
-            self.state = LINGERING
-            self.deadline = time.monotonic() + LINGER_SECONDS
-            self._linger()
-            return
-        now = time.monotonic()
-        self.head = self.instance = None
-        self.since, self.state = now, WAITING
-        self.begun = now if self.parser.begun else 0.0
-        settings = self.server.settings
-        self.deadline = now + (settings.timeout if self.begun else settings.keepalive)
-
-    def _linger(self) -> None:
-        """Close once nothing unread is left: else the reset could overtake the answer."""
-        try:
-            if self.request.recv(RECEIVE_BYTES) == b"":
-                self.finish()
-                return
-        except (BlockingIOError, ssl.SSLWantReadError):
-            if self.head is not None and self.head.close and not self.parser.begun:
-                self.finish()  # the client has asked for the end, and said no more
-                return
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.request, socket.SHUT_WR)
-        self._wait(select.EPOLLIN)
-
-    def _wait(self, events: int) -> None:
-        """Leave the connection to the poll."""
-        if self.state != CLOSED:
-            self.server.watch(self, events)
-
-    def expire(self) -> None:
-        """The deadline has come, or room is needed: end what is waited for."""
-        if self.state == WAITING and self.begun and not self.deferred:
-            self.close_connection = True
-            self.server.figures.refuse("", "request not complete in time")
-            try:
-                self._answer(json_answer(408, error="request not complete in time"))
-            except OSError:
-                self.finish()
-        else:
-            self.finish()
-
-    def finish(self) -> None:
-        if self.state != CLOSED:
-            self.state = CLOSED
-            self.server.forget(self)
-            with contextlib.suppress(OSError):
-                if isinstance(self.request, ssl.SSLSocket) and not self.shaking_hands:
-                    self.request.unwrap()  # says goodbye (RFC 8446 section 6.1); never waits
-            self.request.close()
-
-    def log_message(self, format: str, *args: Any) -> None:
-        log.info("%s %s", self.client_address[0] if self.client_address else "-", format % args)
-
-
-def _challenge(query: bytes) -> bytes:
-    """The challenge to sign, URL-decoded.
+def parse_challenge(query: bytes) -> bytes:
+    """The challenge to sign, URL-decoded; Refusal if there is none.
 
     What signs a challenge signs signals too. So a challenge that could pass for a signal is not
     signed: else whoever knows the public key could have a forged signal signed.
@@ -1658,12 +1591,12 @@ def _challenge(query: bytes) -> bytes:
 
 
 class Receiver(HTTPServer):
-    """The public listener. Its connections are shared by a few threads that take turns.
+    """The public listener. Its connections are shared by two threads that take turns.
 
     One reads: it waits for what becomes readable and handles it. When lines are due it leaves and
-    commits them itself, so that mostly one thread does all: two that run by turns would get in each
-    other's way, and what comes during a sync has to wait for the next one anyhow. The thread that
-    stands by takes over the reading if another log is due, or if the disk is slow.
+    commits them itself: what comes during a sync has to wait for the next one anyhow, and two
+    threads that run by turns would get in each other's way. Only if it stays away for long does
+    the other one, which stands by, take over the reading.
     """
 
     address_family = socket.AF_UNIX  # of the framework's own socket: the sandbox allows no other
@@ -1683,22 +1616,18 @@ class Receiver(HTTPServer):
         self.socket.close()  # the framework's own, which could not be handed over by systemd
         self.listeners = {each.fileno(): each for each in listeners}
         self.activated = activated  # the listeners outlive this process
-        self.settings, self.instances = settings, instances
-        self.store, self.figures = store, figures
+        self.settings, self.instances, self.tls = settings, instances, tls
+        self.store, self.figures, self.turn = store, figures, store.turn
         self.path = settings.path.encode()
         scheme = "https" if settings.tls_cert else "http"
-        self.url = f"{scheme}://{_address(listeners[0])}{settings.path}"
-        self.tls = tls
+        self.url = f"{scheme}://{address_of(listeners[0])}{settings.path}"
         self.stopping = False
         self.connections: dict[int, Handler] = {}
-        self.turn = store.turn
-        self.next_sweep = float("inf")  # monotonic; no deadline is earlier
-        self.poll = select.epoll()
+        self.next_sweep = NEVER  # monotonic; no deadline is earlier
         self.away = True  # nobody reads
         self.absences = 0  # how often the reader has left
         self.left = threading.Event()  # it has, since the thread that stands by last looked
-        self.standing_by = threading.Lock()  # held by that thread
-        self.committers = threading.Semaphore(HANDLER_THREADS - 1)  # one thread is left to read
+        self.poll = select.epoll()
         self.wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.poll.register(self.wake, select.EPOLLIN)
         for each in listeners:
@@ -1707,46 +1636,37 @@ class Receiver(HTTPServer):
                 each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.poll.register(each, select.EPOLLIN)
 
-    def start(self) -> None:
-        for _ in range(HANDLER_THREADS):
-            threading.Thread(target=self.serve_forever, daemon=True).start()
-
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """A handler thread's life: read, commit, read on unless another one does, stand by."""
+        """A handler thread's life: read, commit, read on unless the other one does, stand by."""
         try:
             while True:
-                while self._take_over():
+                while self._becomes_reader():
                     self._read_until_due()
-                    self.store.commit_due()
-                    self.committers.release()
-                with self.standing_by:
-                    while not self._is_wanted():
-                        pass
+                    self.store.commit()
+                while not self._is_wanted():
+                    pass
         except BaseException:  # better a restart than signals that nobody takes any more
             log.exception("a defect: please report it")
             os._exit(1)
 
-    def _take_over(self) -> bool:
-        """Become the reader, unless there is one."""
+    def _becomes_reader(self) -> bool:
         with self.turn:
-            taken, self.away = self.away, False
-            return taken
+            away, self.away = self.away, False
+            return away
 
     def _is_wanted(self) -> bool:
-        """Wait until the reader leaves; whether it stays away for long, or calls for help."""
+        """Wait until the reader leaves; whether it stays away for long."""
         self.left.wait()
         self.left.clear()  # before looking: if the reader leaves from now on, it is set again
         absence = self.absences
-        called = select.select([self.wake], [], [], RELIEF_SECONDS)[0]
-        return self.away and (self.absences == absence or bool(called))
+        select.select((), (), (), RELIEF_SECONDS)  # time.sleep() fails under libfaketime
+        return self.away and self.absences == absence
 
     def _read_until_due(self) -> None:
         """Handle what is readable, until lines are due that this thread can go and commit."""
-        while not (self.store.due and self.committers.acquire(blocking=False)):
+        while not self.store.begin():
             self._read_once()
         self._read_once(wait=False)  # what has come meanwhile joins the batch
-        if len(self.store.due) > 1:  # another thread is wanted at once, for the next log
-            os.eventfd_write(self.wake, 1)
         self.absences += 1
         self.away = True
         if not self.left.is_set():
@@ -1755,11 +1675,10 @@ class Receiver(HTTPServer):
     def _read_once(self, *, wait: bool = True) -> None:
         """Handle what is readable."""
         left = self.next_sweep - time.monotonic() if wait else 0.0
-        ready = self.poll.poll(None if left > 1e9 else max(0.0, left), POLL_EVENTS)
+        ready = self.poll.poll(None if left == NEVER else max(0.0, left), POLL_EVENTS)
         with self.turn:
             for fd, _ in ready:
-                handler = self.connections.get(fd)
-                if handler:
+                if handler := self.connections.get(fd):
                     handler.handle()
                 elif fd in self.listeners:
                     self._accept(self.listeners[fd])
@@ -1788,14 +1707,10 @@ class Receiver(HTTPServer):
                     if not self._make_room():
                         self._pause_accepting()
                 return
-            self.process_request(request, address)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Begin a connection; its first request has often come with it."""
-        request.setblocking(False)
-        handler = Handler(request, client_address, self)
-        self.connections[handler.fd] = handler
-        handler.handle()
+            request.setblocking(False)
+            handler = Handler(request, address, self)
+            self.connections[handler.fd] = handler
+            handler.handle()
 
     def watch(self, handler: Handler, events: int) -> None:
         """Have the connection handled when it is ready, or ended at its deadline."""
@@ -1808,22 +1723,12 @@ class Receiver(HTTPServer):
             self.poll.modify(handler.request, events)
         handler.watched = events
 
-    def forget(self, handler: Handler) -> None:
-        if self.connections.get(handler.fd) is handler:
-            del self.connections[handler.fd]
-
     def _make_room(self) -> bool:
         """Close the connection that has waited longest for its request."""
-        late = [
-            each
-            for each in self.connections.values()
-            if each.state in (WAITING, LINGERING) or each.unsent
-        ]
-        if not late:
-            return False
-        oldest = min(late, key=lambda each: (each.state == WAITING, each.since))
-        oldest.finish()
-        return True
+        waiting = [each for each in self.connections.values() if each.waits != LOG]
+        if waiting:
+            min(waiting, key=lambda each: each.since).life.close()
+        return bool(waiting)
 
     def _pause_accepting(self) -> None:
         """Leave new connections in the kernel's queue for a while: nothing can be closed now."""
@@ -1834,15 +1739,13 @@ class Receiver(HTTPServer):
     def _sweep(self) -> None:
         """End what is late, and find the next deadline."""
         now = time.monotonic()
-        self.next_sweep = float("inf")
-        if not self.stopping:
-            for each in self.listeners.values():
-                self.poll.modify(each, select.EPOLLIN)
+        self.next_sweep = NEVER
+        for each in self.listeners.values():  # accepting may have been paused
+            self.poll.modify(each, select.EPOLLIN)
         for handler in list(self.connections.values()):
-            if handler.deadline <= now and (handler.state != ANSWERING or handler.unsent):
+            if handler.deadline <= now:
                 handler.expire()
-            if handler.state != CLOSED:
-                self.next_sweep = min(self.next_sweep, max(handler.deadline, now + 0.1))
+            self.next_sweep = min(self.next_sweep, max(handler.deadline, now + 0.1))
 
     def stop(self) -> bool:
         """Finish what is in flight; True if all of it could be finished in time."""
@@ -1856,11 +1759,11 @@ class Receiver(HTTPServer):
                 listener.close()
             self.listeners = {}
             for handler in list(self.connections.values()):
-                if handler.state == WAITING and not handler.begun:
+                if handler.waits == READ and not handler.begun:
                     handler.handle()  # a request may just have come
-                if handler.state == WAITING and not handler.begun:
+                if handler.waits == READ and not handler.begun:
                     if handler.used:
-                        handler.finish()
+                        handler.life.close()
                     else:  # so new that its first request may be on its way
                         handler.deadline = min(handler.deadline, time.monotonic() + GRACE_SECONDS)
                         self.next_sweep = min(self.next_sweep, handler.deadline)
@@ -2180,6 +2083,7 @@ CONSOLE_HEADERS = (
         f" style-src {_csp_hash('style')}; script-src {_csp_hash('script')}",
     ),
 )
+STREAM = Answer(200, b"", "text/event-stream", endless=True)
 
 
 class ConsoleHandler(BaseHTTPRequestHandler):
@@ -2188,11 +2092,12 @@ class ConsoleHandler(BaseHTTPRequestHandler):
     server: Console
 
     def handle(self) -> None:
-        connection = self.request
+        connection: socket.socket = self.request
         connection.settimeout(self.server.receiver.settings.timeout)
-        parser = RequestParser(max_body=0)
+        parser, close = RequestParser(max_body=0), False
         with contextlib.suppress(OSError):  # the watcher has gone
-            while True:
+            while not close:
+                with_body = True
                 try:
                     while not (head := parser.next_head()):
                         data = connection.recv(RECEIVE_BYTES)
@@ -2200,53 +2105,45 @@ class ConsoleHandler(BaseHTTPRequestHandler):
                             return
                         parser.feed(data)
                     parser.next_body()
-                    self.last_event_id = head.fields.get(b"last-event-id", b"").decode("latin-1")
-                    answer, close = self._respond(head), head.close
+                    close, with_body = head.close, head.method != "HEAD"
+                    answer = self._answer(head)
+                    if answer is None:
+                        self._stream(head.fields.get(b"last-event-id", b"").decode("latin-1"))
+                        return
                 except Refusal as refusal:
                     answer, close = refusal.answer, True
-                if answer is None:
-                    return
                 answer = dataclasses.replace(answer, headers=answer.headers + CONSOLE_HEADERS)
-                connection.sendall(answer.render(close=close, with_body=self.command != "HEAD"))
-                if close:
-                    return
+                connection.sendall(answer.render(close=close, with_body=with_body))
 
-    def _respond(self, head: Head) -> Answer | None:
-        self.command = head.method
+    def _answer(self, head: Head) -> Answer | None:
+        """What is asked for; None: the stream."""
+        receiver = self.server.receiver
         if head.fields.get(b"host", b"").decode().lower() not in self.server.hosts:
             raise Refusal(421, "this console answers at its own address only")
         if head.method not in ("GET", "HEAD"):
-            allow = (("Allow", "GET, HEAD"),)
-            refused = json_answer(405, error="method not allowed")
-            raise Refusal(dataclasses.replace(refused, headers=allow), "method not allowed")
-        receiver = self.server.receiver
+            raise not_allowed("GET", "HEAD")
         if head.path == b"/":
             return Answer(200, CONSOLE_PAGE.encode(), "text/html; charset=utf-8")
         if head.path == b"/status":
             return json_answer(200, **console_status(receiver))
         if head.path == b"/metrics":
-            text = "\n".join(metrics(receiver)) + "\n"
+            text = "".join(f"{line}\n" for line in metrics(receiver))
             return Answer(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
         if head.path != b"/signals":
             raise Refusal(404, "no such path")
-        self._stream(head.method == "GET")
-        return None
+        return None if head.method == "GET" else STREAM
 
-    def _stream(self, with_body: bool) -> None:
+    def _stream(self, last_event_id: str) -> None:
         """Server-sent events (WHATWG HTML section 9.2): stored lines, as long as one watches."""
-        feed = self.server.receiver.figures.feed
+        receiver = self.server.receiver
+        feed = receiver.figures.feed
         assert feed
-        fields = "".join(f"{name}: {value}\r\n" for name, value in CONSOLE_HEADERS)
-        fields += f"Date: {http_date(int(time.time())).decode()}\r\nConnection: close\r\n"
-        head = f"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n{fields}\r\n"
-        self.request.sendall(head.encode())
-        if not with_body:
-            return
+        head = dataclasses.replace(STREAM, headers=CONSOLE_HEADERS).render(close=True)
         number = feed.next  # first, so that nothing can fall between the log and the feed
-        recent = recent_lines(self.server.receiver.store, self.last_event_id)
+        recent = recent_lines(receiver.store, last_event_id)
         shown = {identity for identity, _ in recent}
-        self.request.sendall(b"retry: 1000\n\n" + b"".join(_event(*each) for each in recent))
-        while not self.server.receiver.stopping:
+        self.request.sendall(head + b"retry: 1000\n\n" + b"".join(_event(*each) for each in recent))
+        while not receiver.stopping:
             skipped, fresh = feed.since(number, HEARTBEAT_SECONDS)
             number += skipped + len(fresh)
             events = [_event(*each) for each in fresh if each[0] not in shown]
@@ -2266,22 +2163,19 @@ def recent_lines(store: Store, after: str) -> list[tuple[str, bytes]]:
     """The last lines of all instances' logs in the order of receipt, or those after an id."""
     limit = STREAM_RESUME if after else STREAM_START
     lines: list[tuple[bytes, str, bytes]] = []
-    for signal_log in list(store.logs.values()):
-        if not signal_log.stem.endswith(".rejected"):
-            found: list[tuple[bytes, str, bytes]] = []
-            with contextlib.suppress(OSError):
-                for line in signal_log.newest_lines():
-                    match = LINE.fullmatch(line)
-                    if match:
-                        found.append((line[16:43], match[1].decode(), line))
-                    if len(found) == limit or (match and match[1].decode() == after):
+    for each in store.logs.values():
+        if each.stem.endswith(".rejected"):
+            continue
+        with contextlib.suppress(OSError):
+            for line in itertools.islice(each.newest_lines(), limit):
+                if match := LINE.fullmatch(line):
+                    lines.append((line[16:43], match[1].decode(), line))
+                    if lines[-1][1] == after:
                         break
-            lines += found
     lines.sort()
     identities = [identity for _, identity, _ in lines]
-    start = (
-        identities.index(after) + 1 if after in identities else max(0, len(lines) - STREAM_START)
-    )
+    known = after in identities
+    start = identities.index(after) + 1 if known else max(0, len(lines) - STREAM_START)
     return [(identity, line) for _, identity, line in lines[start:]]
 
 
@@ -2289,91 +2183,80 @@ def console_status(receiver: Receiver) -> dict[str, Any]:
     """What the console's /status and its page say."""
     figures, store = receiver.figures, receiver.store
 
-    def when(moment: int | None) -> str | None:
-        return rfc3339(moment) if moment else None
-
     def refused(name: str) -> dict[str, int]:
         counts = figures.refused.copy()
         return {reason: number for (who, reason), number in counts.items() if who == name}
+
+    def status(name: str) -> dict[str, Any]:
+        verified, stored = figures.verified.get(name), figures.stored.get(name)
+        return {
+            "instance": name,
+            "verified_at": verified and rfc3339(verified),
+            "last_signal_at": stored and rfc3339(stored),
+            "stored": figures.signals[name, "stored"],
+            "repeated": figures.signals[name, "repeated"],
+            "set_aside": figures.signals[name, "set_aside"],
+            "refused": refused(name),
+            "segment": store.logs[name].name,
+            "segment_bytes": store.logs[name].size,
+        }
 
     return {
         "status": "ok" if store.can_store else "unavailable",
         "version": __version__,
         "started_at": rfc3339(figures.started),
         "endpoint": receiver.url,
-        "instances": [
-            {
-                "instance": name,
-                "verified_at": when(figures.verified.get(name)),
-                "last_signal_at": when(figures.stored.get(name)),
-                **{
-                    each: figures.signals[name, each]
-                    for each in ("stored", "repeated", "set_aside")
-                },
-                "refused": refused(name),
-                "segment": store.logs[name].name,
-                "segment_bytes": store.logs[name].size,
-            }
-            for name in sorted(each.name for each in receiver.instances.values())
-        ],
+        "instances": [status(name) for name in names_of(receiver.instances)],
         "refused": refused(""),
     }
 
 
 def metrics(receiver: Receiver) -> Iterator[str]:
     """The figures in Prometheus' text format 0.0.4."""
-    figures, store = receiver.figures, receiver.store
-    names = sorted(each.name for each in receiver.instances.values())
+    figures, store, names = receiver.figures, receiver.store, names_of(receiver.instances)
 
-    def metric(name: str, kind: str, text: str) -> str:
-        return f"# HELP liveapi_{name} {text}\n# TYPE liveapi_{name} {kind}"
+    def metric(
+        name: str, kind: str, text: str, samples: Iterable[tuple[str, float]]
+    ) -> Iterator[str]:
+        yield f"# HELP liveapi_{name} {text}"
+        yield f"# TYPE liveapi_{name} {kind}"
+        for rest, value in samples:
+            yield f"liveapi_{name}{rest} {value}"
 
-    yield metric("signals_total", "counter", "Messages by instance and what became of them.")
-    for name in names:
-        for result in RESULTS:
-            yield (
-                f'liveapi_signals_total{{instance="{name}",result="{result}"}}'
-                f" {figures.signals[name, result]}"
-            )
-    yield metric("refused_total", "counter", "Requests refused, by instance if known, and reason.")
-    for (name, reason), number in sorted(figures.refused.copy().items()):
-        yield f'liveapi_refused_total{{instance="{name}",reason="{reason}"}} {number}'
-    gauges: list[tuple[str, str, Mapping[str, float]]] = [
-        (
-            "last_signal_timestamp_seconds",
-            "When a signal was last stored.",
-            {name: when / 1e9 for name, when in figures.stored.copy().items()},
-        ),
-        (
-            "last_verify_timestamp_seconds",
-            "When a challenge was last answered.",
-            {name: when / 1e9 for name, when in figures.verified.copy().items()},
-        ),
-        (
-            "open_segment_bytes",
-            "Size of the open segment.",
-            {name: store.logs[name].size for name in names},
-        ),
-    ]
-    for gauge, text, values in gauges:
-        yield metric(gauge, "gauge", text)
-        for name, value in values.items():
-            yield f'liveapi_{gauge}{{instance="{name}"}} {value}'
-    yield metric("storing", "gauge", "1 while signals can be stored, else 0.")
-    yield f"liveapi_storing {int(store.can_store)}"
-    yield metric("connections", "gauge", "Open connections of the public listener.")
-    yield f"liveapi_connections {len(receiver.connections)}"
-    yield metric("start_time_seconds", "gauge", "When the receiver was started.")
-    yield f"liveapi_start_time_seconds {figures.started / 1e9}"
-    histograms = [
+    def by_name(values: Mapping[str, float]) -> list[tuple[str, float]]:
+        return [(f'{{instance="{name}"}}', values[name]) for name in names if name in values]
+
+    yield from metric(
+        "signals_total", "counter", "Messages by instance and what became of them.",
+        [(f'{{instance="{name}",result="{result}"}}', figures.signals[name, result])
+         for name in names for result in RESULTS],
+    )  # fmt: skip
+    yield from metric(
+        "refused_total", "counter", "Requests refused, by instance if known, and reason.",
+        [(f'{{instance="{name}",reason="{reason}"}}', number)
+         for (name, reason), number in sorted(figures.refused.copy().items())],
+    )  # fmt: skip
+    for name, text, values in (
+        ("last_signal_timestamp_seconds", "When a signal was last stored.", figures.stored),
+        ("last_verify_timestamp_seconds", "When a challenge was last answered.", figures.verified),
+    ):
+        seconds = {each: when / 1e9 for each, when in values.copy().items()}
+        yield from metric(name, "gauge", text, by_name(seconds))
+    sizes = {name: store.logs[name].size for name in names}
+    for name, text, value in (
+        ("storing", "1 while signals can be stored, else 0.", int(store.can_store)),
+        ("connections", "Open connections of the public listener.", len(receiver.connections)),
+        ("start_time_seconds", "When the receiver was started.", figures.started / 1e9),
+    ):
+        yield from metric(name, "gauge", text, [("", value)])
+    yield from metric("open_segment_bytes", "gauge", "Size of the open segment.", by_name(sizes))
+    for name, text, histogram in (
         ("request_duration_seconds", "From a request's first byte to its answer.",
          figures.request_seconds),
         ("commit_duration_seconds", "A batch's write and sync.", figures.commit_seconds),
         ("commit_batch_lines", "Lines written and synced together.", figures.batch_lines),
-    ]  # fmt: skip
-    for name, text, histogram in histograms:
-        yield metric(name, "histogram", text)
-        yield from histogram.render(f"liveapi_{name}")
+    ):  # fmt: skip
+        yield from metric(name, "histogram", text, histogram.samples())
 
 
 class Console(ThreadingHTTPServer):
@@ -2410,10 +2293,6 @@ class Console(ThreadingHTTPServer):
 # 8  Life: options, systemd, reload, stop
 
 
-def option(default: Any, metavar: str, text: str, kind: Callable[[str], Any] = str) -> Any:
-    return field(default=default, metadata={"metavar": metavar, "help": text, "type": kind})
-
-
 def _number(least: int, most: int = 1 << 62) -> Callable[[str], int]:
     def number(text: str) -> int:
         if not (text.isdecimal() and text.isascii() and least <= int(text) <= most):
@@ -2431,7 +2310,7 @@ def _seconds(text: str) -> float:
 
 
 def _endpoint_path(text: str) -> str:
-    if not re.fullmatch(_PATH, text.encode()) or text == "/status":
+    if not re.fullmatch(_PATH, text) or text == "/status":
         raise argparse.ArgumentTypeError(f"{text} is no path for the endpoint: try /live")
     return text
 
@@ -2439,6 +2318,10 @@ def _endpoint_path(text: str) -> str:
 def _console_address(text: str) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
     return host.strip("[]") or "127.0.0.1", _number(0, 65535)(port)
+
+
+def option(default: Any, metavar: str, text: str, kind: Callable[[str], Any] = str) -> Any:
+    return field(default=default, metadata={"metavar": metavar, "help": text, "type": kind})
 
 
 @dataclass(frozen=True)
@@ -2500,6 +2383,47 @@ def open_listener(host: str, port: int) -> socket.socket:
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OperatorError(f"cannot listen on {host} port {port}: {reason}") from None
+
+
+def address_of(listener: socket.socket) -> str:
+    name = listener.getsockname()
+    if isinstance(name, (str, bytes)):
+        return f"unix:{os.fsdecode(name)}"
+    return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
+
+
+def open_store(settings: Settings, figures: Figures) -> Store:
+    """The signals directory, made if missing and held from now on; OperatorError."""
+    directory = settings.signals
+    try:
+        made = [each for each in (directory, *directory.parents) if not each.exists()]
+        directory.mkdir(parents=True, exist_ok=True)
+        for each in made:  # a power loss must not take the directory with what is in it
+            fd = os.open(each.parent, os.O_RDONLY)
+            os.fsync(fd)
+            os.close(fd)
+        return Store(
+            Disk(directory),
+            window=settings.dedupe,
+            segment_bytes=settings.segment_bytes,
+            committed=figures.committed,
+        )
+    except BlockingIOError:
+        raise OperatorError(f"another server is using {directory}: give this one its own") from None
+    except OSError as error:
+        raise OperatorError(
+            f"cannot use the signals directory {directory}: {error.strerror}"
+        ) from None
+
+
+def open_logs(store: Store, instances: Mapping[bytes, Instance]) -> None:
+    for name in names_of(instances):
+        try:
+            store.open(name)
+            store.open(f"{name}.rejected")
+        except OSError as error:
+            path = store.disk.directory / f"{name}.jsonl"
+            raise OperatorError(f"cannot open the log {path}: {error.strerror}") from None
 
 
 def activated_listeners() -> dict[str, list[socket.socket]]:
@@ -2572,30 +2496,30 @@ def serve(settings: Settings) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     setup_logging()
     give_memory_back()
-    instances = load_instances(settings.keys)
-    tls = load_tls(settings)
-    figures = Figures(watched=settings.console is not None)
+    instances, tls = load_instances(settings.keys), load_tls(settings)
     given = activated_listeners()
-    figures.feed = figures.feed or (Feed() if "console" in given else None)
     listeners = given.get("live") or [open_listener(settings.host, settings.port)]
     consoles = given.get("console", [])
     if settings.console and not consoles:
         consoles = [open_listener(*settings.console)]
+    figures = Figures(watched=bool(consoles))
     store = open_store(settings, figures)
-    for instance in instances.values():
-        add_to_store(store, instance.name)
+    open_logs(store, instances)
     receiver = Receiver(
         settings, listeners, instances, store, figures, tls=tls, activated="live" in given
     )
-    receiver.start()
-    watchdog = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6 or None
-    threading.Thread(target=store.tend, args=(notify, watchdog), daemon=True).start()
-    names = ", ".join(sorted(each.name for each in instances.values()))
+
+    def in_background(run: Callable[..., None], *args: Any) -> None:
+        threading.Thread(target=run, args=args, daemon=True).start()
+
+    in_background(receiver.serve_forever)
+    in_background(receiver.serve_forever)
+    in_background(tend, store, figures)
+    names = ", ".join(names_of(instances))
     log.info("ready on %s for %s; signals go to %s", receiver.url, names, settings.signals)
     for listener in consoles:
-        console = Console(receiver, listener)
-        threading.Thread(target=console.serve_forever, args=(None,), daemon=True).start()
-        log.info("console on http://%s/", _address(listener))
+        in_background(Console(receiver, listener).serve_forever, None)
+        log.info("console on http://%s/", address_of(listener))
     notify("READY=1")
     while (number := signal.sigwait(SIGNALS)) == signal.SIGHUP:
         reload(receiver)
@@ -2610,53 +2534,33 @@ def serve(settings: Settings) -> int:
     os._exit(0)  # threads that wait, be it for a disk that hangs, end here
 
 
-def open_store(settings: Settings, figures: Figures) -> Store:
-    directory = settings.signals
-    try:
-        made = [each for each in (directory, *directory.parents) if not each.exists()]
-        directory.mkdir(parents=True, exist_ok=True)
-        for each in made:  # a power loss must not take the directory with what is in it
-            fd = os.open(each.parent, os.O_RDONLY)
-            os.fsync(fd)
-            os.close(fd)
-        return Store(Disk(directory), settings, figures)
-    except BlockingIOError:
-        raise OperatorError(f"another server is using {directory}: give this one its own") from None
-    except OSError as error:
-        raise OperatorError(
-            f"cannot use the signals directory {directory}: {error.strerror}"
-        ) from None
-
-
-def add_to_store(store: Store, name: str) -> None:
-    try:
-        store.add(name)
-    except OSError as error:
-        where = f"{store.disk.directory / name}.jsonl"
-        raise OperatorError(f"cannot open the log {where}: {error.strerror}") from None
+def tend(store: Store, figures: Figures) -> None:
+    """A thread's life: wake at midnight, each second after a failure, and for the watchdog."""
+    watchdog = int(os.environ.get("WATCHDOG_USEC", "0")) / 2e6
+    while True:
+        store.tend()
+        working = store.can_store
+        state = "storing signals" if working else "CANNOT STORE SIGNALS"
+        notify(f"STATUS={state}: {figures.summary()}")
+        if watchdog and working:
+            notify("WATCHDOG=1")
+        now = now_utc()
+        midnight = (now + timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
+        wait = min((midnight - now).total_seconds(), watchdog or NEVER)
+        store.failed.wait(wait if working else 1.0)
 
 
 def reload(receiver: Receiver) -> None:
     """Take the keys and the TLS files anew; what is faulty leaves the old ones in force."""
     notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
-        instances = load_instances(receiver.settings.keys)
-        tls = load_tls(receiver.settings)
-        for instance in instances.values():
-            add_to_store(receiver.store, instance.name)
+        instances, tls = load_instances(receiver.settings.keys), load_tls(receiver.settings)
+        open_logs(receiver.store, instances)
         receiver.instances, receiver.tls = instances, tls
-        names = ", ".join(sorted(each.name for each in instances.values()))
-        log.info("reloaded: receiving for %s", names)
+        log.info("reloaded: receiving for %s", ", ".join(names_of(instances)))
     except OperatorError as error:
         log.error("not reloaded, the old keys and certificates stay in force: %s", error)
     notify("READY=1")
-
-
-def _address(listener: socket.socket) -> str:
-    name = listener.getsockname()
-    if isinstance(name, (str, bytes)):
-        return f"unix:{os.fsdecode(name)}"
-    return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2675,10 +2579,27 @@ DOCUMENTED_TYPES = (
 ).split()
 
 
-class LiveAPI:
-    """The Live API's side of the wire, for check and demo: calls an endpoint with a key pair."""
+def make_signal(kind: str) -> bytes:
+    """A signal as the Live API would send it, unlike any other."""
+    now = time.time_ns() // 1_000_000
+    data: dict[str, Any] = {"id": secrets.token_hex(12), "deviceID": secrets.token_hex(16)}
+    if not kind.startswith("application"):
+        data["userID"] = "user@example.com"
+    if kind.startswith("notification"):
+        data["notification"] = secrets.token_hex(12)
+    if kind == "region.Session":
+        data |= {"region": secrets.token_hex(12), "start": now - 60000, "end": now, "length": 60}
+    envelope = {"service": "liveapi_server", "type": EVENT + kind, "data": data, "timestamp": now}
+    return json.dumps(envelope, separators=(",", ":")).encode()
 
-    def __init__(self, url: str, *, insecure: bool = False, timeout: float = 10) -> None:
+
+class LiveAPI:
+    """The Live API's side of the wire: calls an endpoint for an instance, as a person watches.
+
+    A line for each call, as it happens: coloured on a terminal, plain in a pipe.
+    """
+
+    def __init__(self, url: str, instance: Instance, *, insecure: bool = False) -> None:
         parts = urlsplit(url)
         try:
             port = parts.port
@@ -2687,148 +2608,113 @@ class LiveAPI:
         if parts.scheme not in ("http", "https") or not parts.hostname or port == -1:
             raise OperatorError(f"{url} is no endpoint: give it as https://HOST/live")
         self.path, self.query = parts.path or "/", parts.query
+        self.instance = instance
+        self.failed = 0
+        self.connection = http.client.HTTPConnection(parts.hostname, port, timeout=10)
         if parts.scheme == "https":
             context = ssl._create_unverified_context() if insecure else ssl.create_default_context()
-            self.connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                parts.hostname, port, timeout=timeout, context=context
+            self.connection = http.client.HTTPSConnection(
+                parts.hostname, port, timeout=10, context=context
             )
-        else:
-            self.connection = http.client.HTTPConnection(parts.hostname, port, timeout=timeout)
 
-    def call(
-        self, method: str, query: str, body: bytes | None, headers: dict[str, str]
-    ) -> tuple[int, bytes]:
-        """Status and body of the answer; OSError or http.client.HTTPException without one."""
-        try:
-            words = "&".join(filter(None, (self.query, query)))
-            target = f"{self.path}?{words}" if words else self.path
-            self.connection.request(method, target, body, headers)
-            response = self.connection.getresponse()
-            return response.status, response.read()
-        except (OSError, http.client.HTTPException):
-            self.connection.close()
-            raise
-
-    def verify(self, instance: Instance, challenge: str) -> tuple[int, bytes]:
-        headers = {PUBLIC_KEY.decode(): instance.public_key.decode()}
-        return self.call("GET", "challenge=" + quote(challenge, safe=""), None, headers)
+    def verify(self, what: str) -> bool:
+        challenge = secrets.token_urlsafe(24) + " +/="
+        proof = Answer(200, self.instance.sign(challenge.encode()))
+        fields = {PUBLIC_KEY: self.instance.public_key}
+        return self._call(
+            what, proof, "GET", "challenge=" + quote(challenge, safe=""), None, fields
+        )
 
     def post(
         self,
-        instance: Instance,
-        body: bytes,
+        what: str,
+        payload: bytes,
+        wanted: Answer = ACCEPTED,
         *,
         encrypted: bool = False,
-        signature: bytes | None = None,
-        public_key: str | None = None,
-    ) -> tuple[int, bytes]:
-        """POST a signal, signed and labelled rightly unless told otherwise; b"": not signed."""
-        body = instance.encrypt(body) if encrypted else body
-        headers = {
-            "Content-Type": f"application/{'jose' if encrypted else 'json'}",
-            PUBLIC_KEY.decode(): public_key or instance.public_key.decode(),
+        **other: bytes | None,
+    ) -> bool:
+        """POST a signal, signed rightly but for the `other` signature or public_key; None: none."""
+        body = self.instance.encrypt(payload) if encrypted else payload
+        fields = {
+            b"content-type": b"application/jose" if encrypted else b"application/json",
+            PUBLIC_KEY: other.get("public_key", self.instance.public_key),
+            SIGNATURE: other.get("signature", self.instance.sign(body)),
         }
-        if signature != b"":
-            headers[SIGNATURE.decode()] = (signature or instance.sign(body)).decode()
-        return self.call("POST", "", body, headers)
+        return self._call(what, wanted, "POST", "", body, fields)
 
-
-def make_signal(kind: str) -> bytes:
-    """A signal as the Live API would send it, unlike any other."""
-    data: dict[str, Any] = {"id": secrets.token_hex(12), "deviceID": secrets.token_hex(16)}
-    if not kind.startswith("application"):
-        data["userID"] = "user@example.com"
-    if kind.startswith("notification"):
-        data["notification"] = secrets.token_hex(12)
-    if kind == "region.Session":
-        now = int(time.time() * 1000)
-        data |= {"region": secrets.token_hex(12), "start": now - 60000, "end": now, "length": 60}
-    envelope = {"service": "liveapi_server", "type": EVENT + kind, "data": data,
-                "timestamp": int(time.time() * 1000)}  # fmt: skip
-    return json.dumps(envelope, separators=(",", ":")).encode()
-
-
-class Table:
-    """Prints what was tried, a line each as it happens: coloured on a terminal, plain in a pipe."""
-
-    def __init__(self) -> None:
-        self.failed = 0
-        self.colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-
-    def row(
+    def _call(
         self,
         what: str,
-        wanted: tuple[int, bytes],
-        call: Callable[..., tuple[int, bytes]],
-        *args: Any,
-        **more: Any,
+        wanted: Answer,
+        method: str,
+        query: str,
+        body: bytes | None,
+        fields: Mapping[bytes, bytes | None],
     ) -> bool:
         """Make a call and print what came of it; True if the answer is as wanted."""
         started = time.monotonic()
+        target = "?".join(filter(None, (self.path, "&".join(filter(None, (self.query, query))))))
+        headers = {name.decode(): value.decode() for name, value in fields.items() if value}
         try:
-            status, body = call(*args, **more)
-            ok = (status, body) == wanted
-            answer = f"{status} {body[:60].decode('utf-8', 'backslashreplace')}"
+            self.connection.request(method, target, body, headers)
+            response = self.connection.getresponse()
+            said = response.read()
+            ok = (response.status, said) == (wanted.status, wanted.body)
+            answer = f"{response.status} {said[:60].decode('utf-8', 'backslashreplace')}"
         except (OSError, http.client.HTTPException) as error:
+            self.connection.close()
             ok, answer = False, f"no answer: {getattr(error, 'strerror', None) or error!r}"
         took = (time.monotonic() - started) * 1000
         self.failed += not ok
         verdict = "ok" if ok else "FAILED"
-        if self.colour:
+        if sys.stdout.isatty() and "NO_COLOR" not in os.environ:
             verdict = f"\x1b[{32 if ok else 31}m{verdict}\x1b[0m"
         answer = "".join(char if char.isprintable() else "?" for char in answer)
         print(f"{what:<44} {answer:<42} {took:7.1f} ms  {verdict}", flush=True)
         return ok
 
 
-def _expect(answer: Answer) -> tuple[int, bytes]:
-    return answer.status, answer.body
-
-
 def check(url: str, keys: Path, name: str | None, *, insecure: bool) -> int:
     """Play the Live API's side against an endpoint; the exit status."""
     setup_logging()
-    instances = sorted(load_instances(keys).values(), key=lambda each: each.name)
-    chosen = [each for each in instances if name in (None, each.name)]
-    if not chosen:
-        known = ", ".join(each.name for each in instances)
-        raise OperatorError(f"no instance {name} in {keys}: there is {known}")
-    table, accepted = Table(), _expect(ACCEPTED)
-    for its in chosen:
-        api = LiveAPI(url, insecure=insecure)
-        challenge = secrets.token_urlsafe(24) + " +/="
+    instances = {each.name: each for each in load_instances(keys).values()}
+    if name and name not in instances:
+        raise OperatorError(
+            f"no instance {name} in {keys}: there is {', '.join(sorted(instances))}"
+        )
+    failed = 0
+    for who in [name] if name else sorted(instances):
+        api = LiveAPI(url, instances[who], insecure=insecure)
         first, second = (make_signal("custom.liveapi_check") for _ in range(2))
-        signed = {"signature": its.sign(first)}
-        proof = 200, its.sign(challenge.encode())
-        stranger = {"public_key": secrets.token_hex(32)}
-        wrong, missing = _expect(WRONG_SIGNATURE), _expect(MISSING)
-        row, who = table.row, its.name
-        row(f"{who}: Verify: a challenge", proof, api.verify, its, challenge)
-        row(f"{who}: a signed signal", accepted, api.post, its, first)
-        row(f"{who}: the same signal again", accepted, api.post, its, first)
-        row(f"{who}: an encrypted signal", accepted, api.post, its, second, encrypted=True)
-        row(f"{who}: a tampered body", wrong, api.post, its, first + b" ", **signed)
-        row(f"{who}: an unsigned body", missing, api.post, its, first, signature=b"")
-        row(f"{who}: an unknown public key", _expect(UNKNOWN_KEY), api.post, its, first, **stranger)
-    return 1 if table.failed else 0
+        signature, stranger = instances[who].sign(first), secrets.token_hex(32).encode()
+        api.verify(f"{who}: Verify: a challenge")
+        api.post(f"{who}: a signed signal", first)
+        api.post(f"{who}: the same signal again", first)
+        api.post(f"{who}: an encrypted signal", second, encrypted=True)
+        api.post(f"{who}: a tampered body", first + b" ", WRONG_SIGNATURE, signature=signature)
+        api.post(f"{who}: an unsigned body", first, MISSING, signature=None)
+        api.post(f"{who}: an unknown public key", first, UNKNOWN_KEY, public_key=stranger)
+        failed += api.failed
+    return 1 if failed else 0
 
 
 def demo(*, console: bool) -> int:
     """Start a receiver with throw-away keys and play the Live API against it; the exit status."""
     directory = Path(tempfile.mkdtemp(prefix="liveapi-demo-"))
-    (directory / "keys").mkdir()
+    keys, signals = directory / "keys", directory / "signals"
+    keys.mkdir()
     for kind in ("public", "private"):
-        path = directory / "keys" / f"demo.{kind}"
+        path = keys / f"demo.{kind}"
         path.touch(mode=0o600)
         path.write_text(secrets.token_hex(32) + "\n")
-    (instance,) = load_instances(directory / "keys").values()
+    (instance,) = load_instances(keys).values()
     command = [sys.executable, __file__, "serve", "--port", "0"]
-    command += ["--keys", str(directory / "keys"), "--signals", str(directory / "signals")]
-    command += ["--console", "0"] if console else []
+    command += ["--keys", str(keys), "--signals", str(signals), *["--console", "0"][: 2 * console]]
     print("starting a receiver on loopback, with a throw-away key pair\n", flush=True)
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
-            return _play_demo(process, instance, directory, console=console)
+            return _play_demo(process, instance, signals / "demo.jsonl", console=console)
         except KeyboardInterrupt:
             return 0
         finally:
@@ -2836,7 +2722,7 @@ def demo(*, console: bool) -> int:
 
 
 def _play_demo(
-    process: subprocess.Popen[str], instance: Instance, directory: Path, *, console: bool
+    process: subprocess.Popen[str], instance: Instance, path: Path, *, console: bool
 ) -> int:
     assert process.stderr
     urls: list[str] = []
@@ -2847,21 +2733,16 @@ def _play_demo(
             break
     if not urls:
         return 1
-    url, page = urls[0], urls[-1]
     threading.Thread(target=process.stderr.read, daemon=True).start()
     print("\nplaying the Live API against it, over HTTP\n", flush=True)
-    api, table = LiveAPI(url), Table()
-    challenge = secrets.token_urlsafe(24)
-    proof = instance.sign(challenge.encode())
-    table.row("Verify: a challenge", (200, proof), api.verify, instance, challenge)
+    api = LiveAPI(urls[0], instance)
+    api.verify("Verify: a challenge")
     acknowledged = []
     for kind in DOCUMENTED_TYPES:
-        for encrypted in (False, True):
+        for what, encrypted in ((kind, False), (f"{kind}, encrypted", True)):
             payload = make_signal(kind)
-            what = f"{kind}, encrypted" if encrypted else kind
-            if table.row(what, _expect(ACCEPTED), api.post, instance, payload, encrypted=encrypted):
+            if api.post(what, payload, encrypted=encrypted):
                 acknowledged.append(message_id(payload))
-    path = directory / "signals" / f"{instance.name}.jsonl"
     lines = path.read_bytes().splitlines()
     print(f"\nthe last of {len(lines)} stored lines:\n")
     for line in lines[-3:]:
@@ -2871,12 +2752,12 @@ def _play_demo(
     print(f"\n{len(acknowledged)} signals acknowledged, {len(missing)} of them not in the log once")
     print(f"the log: {path}", flush=True)
     if console:
-        print(f"the console: {page}\nsignals keep coming; end it with Ctrl-C", flush=True)
+        print(f"the console: {urls[1]}\nsignals keep coming; end it with Ctrl-C\n", flush=True)
         while process.poll() is None:
             kind = secrets.choice(DOCUMENTED_TYPES)
-            api.post(instance, make_signal(kind), encrypted=secrets.randbelow(5) == 0)
+            api.post(kind, make_signal(kind), encrypted=secrets.randbelow(5) == 0)
             time.sleep(0.1 + secrets.randbelow(900) / 1000)
-    return 1 if missing or table.failed else 0
+    return 1 if missing or api.failed else 0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -2887,32 +2768,37 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     about = "Receive the signals of Notificare's Live API and keep each one, once, on disk."
     parser = _Parser(prog="liveapi_server.py", description=about, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"liveapi_server {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
-    text = "receive signals (the default)"
-    serving = commands.add_parser("serve", help=text, description=about, allow_abbrev=False)
-    serving.add_argument("--version", action="version", version=f"liveapi_server {__version__}")
+
+    def command(name: str, text: str) -> Callable[..., argparse.Action]:
+        return commands.add_parser(
+            name, help=text, description=text, allow_abbrev=False
+        ).add_argument
+
+    add = command("serve", "receive signals (the default)")
     for each in dataclasses.fields(Settings):
-        flag = "--" + each.name.replace("_", "-")
-        meta, default = each.metadata, each.default
+        flag, meta, default = "--" + each.name.replace("_", "-"), each.metadata, each.default
         if default is False:
-            serving.add_argument(flag, action="store_true", help=meta["help"])
+            add(flag, action="store_true", help=meta["help"])
         else:
-            shown = f"{meta['help']} (default: {default})" if default is not None else meta["help"]
-            serving.add_argument(
-                flag, metavar=meta["metavar"], type=meta["type"], default=default, help=shown
-            )
-    text = "play the Live API's side against an endpoint: is it set up right?"
-    command = commands.add_parser("check", help=text, description=text, allow_abbrev=False)
-    command.add_argument("url", metavar="URL", help="the endpoint, as the Dashboard has it")
-    text = "the key pairs (default: keys)"
-    command.add_argument("--keys", metavar="DIR", type=Path, default=Path("keys"), help=text)
-    command.add_argument("--instance", metavar="NAME", help="only this instance")
-    command.add_argument("--insecure", action="store_true", help="trust any certificate")
-    text = "see it work: no keys, no account, one command"
-    command = commands.add_parser("demo", help=text, description=text, allow_abbrev=False)
+            shown = meta["help"] if default is None else f"{meta['help']} (default: {default})"
+            add(flag, metavar=meta["metavar"], type=meta["type"], default=default, help=shown)
+    for to in (parser.add_argument, add):
+        to("--version", action="version", version=f"liveapi_server {__version__}")
+    add = command("check", "play the Live API's side against an endpoint: is it set up right?")
+    add("url", metavar="URL", help="the endpoint, as the Dashboard has it")
+    add(
+        "--keys",
+        metavar="DIR",
+        type=Path,
+        default=Path("keys"),
+        help="the key pairs (default: keys)",
+    )
+    add("--instance", metavar="NAME", help="only this instance")
+    add("--insecure", action="store_true", help="trust any certificate")
+    add = command("demo", "see it work: no keys, no account, one command")
     text = "go on with signals trickling in, and show the console"
-    command.add_argument("--console", action="store_true", help=text)
+    add("--console", action="store_true", help=text)
     parser.epilog = "Options of serve, the default command: liveapi_server.py serve --help"
     return parser
 

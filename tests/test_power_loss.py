@@ -22,7 +22,7 @@ import signal
 import struct
 import subprocess
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -35,7 +35,7 @@ from crash_run import Counts, Load, count_log
 from harness import Pair, Receiver, free_ports, payload_id, signal_payload
 
 import liveapi_server
-from liveapi_server import Answer, SignalLog
+from liveapi_server import Answer, SignalLog, Store
 
 STEM = "my-app"
 ACCEPTED = Answer(200, b"stored")
@@ -251,8 +251,8 @@ class PaperDisk(liveapi_server.Disk):
 class Sender:
     """The Live API's side of a log that runs in this process."""
 
+    store: Store
     log: SignalLog
-    due: deque[SignalLog]
     sent: dict[str, bytes] = field(default_factory=dict)
     acknowledged: set[str] = field(default_factory=set)
 
@@ -266,8 +266,7 @@ class Sender:
             known = self.log.offer(identity, line, ACCEPTED, waiter)
             if known:
                 self.note(identity, known)
-        while self.due:
-            self.due.popleft().commit()
+        self.store.commit()
 
     def note(self, identity: str, answer: Answer) -> None:
         if answer is ACCEPTED:
@@ -275,11 +274,8 @@ class Sender:
 
 
 def begin(disk: PaperDisk, segment_bytes: int = 600, window: int = 10_000) -> Sender:
-    due: deque[SignalLog] = deque()
-    log = SignalLog(disk, STEM, due, window=window, segment_bytes=segment_bytes, clock=disk.now)
-    sender = Sender(log, due)
-    log.start()
-    return sender
+    store = Store(disk, window=window, segment_bytes=segment_bytes, clock=disk.now)
+    return Sender(store, store.open(STEM))
 
 
 class Clock:
