@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from load import Measured, Scenario, check_log, fire, open_idle, still_open
-from pool import Pair, Pool, write_old_log
+from pool import FASTEST, Pair, Pool, write_old_log
 from servers import Server, running
 
 DEDUPE_WINDOW = 65536
@@ -97,7 +97,8 @@ def growth(
         if case.spread:
             path = directory / f"pool-{case.instances}"
             path.parent.mkdir(parents=True, exist_ok=True)
-            pools[case.instances] = Pool.make(path, pairs[: case.instances], pool.count // 2)
+            count = FASTEST * seconds
+            pools[case.instances] = Pool.make(path, pairs[: case.instances], count)
     found: dict[Case, list[Measured]] = {case: [] for case in CASES}
     starts: dict[Case, list[float]] = {case: [] for case in CASES}
     for number in range(rounds):

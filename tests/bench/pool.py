@@ -9,6 +9,8 @@ import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 
+FASTEST = 60_000  # signals per second that a pool must last for: no server here takes more
+
 BODY_BYTES = 500
 SIGNATURE_BYTES = 44
 PUBLIC_KEY_BYTES = 64

@@ -27,12 +27,11 @@ import environment
 import report
 from footprint import footprint, growth
 from load import Measured, Scenario, bare_sync, check_log, fire
-from pool import Pair, Pool
+from pool import FASTEST, Pair, Pool
 from servers import DEFAULT_PEERS, PEERS, Server, receiver, running
 
 RESULTS = environment.HERE / "results"
 PARTS = ("rates", "footprint", "growth")
-FASTEST = 22_000  # signals per second that the pool must last for: no server here takes more
 WARM_UP = Scenario(16)
 INSTANCES = 50
 
@@ -156,7 +155,9 @@ def main() -> None:
         work = Path(name)
         pairs = [Pair("bench"), *(Pair(f"bench-{number}") for number in range(2, INSTANCES + 1))]
         count = FASTEST * (1 + chosen.seconds * len(chosen.connections))
+        began = time.monotonic()
         pool = Pool.make(work / "pool", pairs[:1], max(count, 150_000))
+        print(f"{pool.count:,} signals made in {time.monotonic() - began:.1f} s", file=sys.stderr)
         result: dict[str, object] = {
             "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "options": {"rounds": chosen.rounds, "seconds": chosen.seconds},
