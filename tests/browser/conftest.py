@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 from harness import ROOT, Receiver, eventually, free_ports
@@ -100,20 +99,6 @@ def chromium() -> Iterator[webdriver.Chrome]:
         driver = webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver"))
         yield driver
         driver.quit()
-
-
-@pytest.fixture
-def start(start: Callable[..., Receiver]) -> Callable[..., Receiver]:
-    """Start receivers that may have a console: its address is logged before the endpoint's."""
-
-    def begin(*options: str, **more: Any) -> Receiver:
-        receiver = start(*options, **more)
-        line = receiver.wait_for_log(r"https?://\S+/live")
-        receiver.url = line[line.index("http") :].split()[0]
-        receiver.port = urlsplit(receiver.url).port or 0
-        return receiver
-
-    return begin
 
 
 @pytest.fixture
