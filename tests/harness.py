@@ -94,9 +94,18 @@ class Answer:
     headers: dict[str, str]
     body: bytes
 
+    @classmethod
+    def read(cls, response: http.client.HTTPResponse) -> Answer:
+        headers = {name.lower(): value for name, value in response.getheaders()}
+        return cls(response.status, headers, response.read())
+
     @property
     def json(self) -> Any:
         return json.loads(self.body)
+
+    @property
+    def closes(self) -> bool:
+        return "close" in self.headers.get("connection", "").lower().split(", ")
 
 
 class Receiver:
@@ -184,10 +193,7 @@ class Receiver:
         used = connection or self.connect()
         try:
             used.request(method, target, body, headers or {}, **options)
-            response = used.getresponse()
-            data = response.read()
-            names = {k.lower(): v for k, v in response.getheaders()}
-            return Answer(response.status, names, data)
+            return Answer.read(used.getresponse())
         finally:
             if connection is None:
                 used.close()

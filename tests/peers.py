@@ -1,5 +1,4 @@
-"""Who else there is: a connection byte by byte, a certificate, a second party's endpoint to point
-`check` at."""
+"""Who else there is: a certificate, a second party's endpoint to point `check` at, a crowd."""
 
 from __future__ import annotations
 
@@ -7,18 +6,15 @@ import base64
 import datetime
 import hmac
 import http.server
-import io
 import ipaddress
 import json
 import re
-import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -27,96 +23,13 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.x509.oid import NameOID
-from harness import ACCEPTED, Answer, Pair, Receiver
+from harness import ACCEPTED, Pair, Receiver
 
 
 def content_key(pair: Pair) -> bytes:
     """The content encryption key of protocol.md, for handing to another JOSE library."""
     derive = HKDF(hashes.SHA256(), 32, pair.public.encode(), b"liveapi-jwe-A256GCM")
     return derive.derive(pair.private.encode())
-
-
-def request_bytes(
-    method: str,
-    target: str,
-    headers: dict[str, str] | None = None,
-    body: bytes | None = None,
-    version: str = "HTTP/1.1",
-) -> bytes:
-    """A request as it travels; Host and Content-Length are added."""
-    fields = {"host": "receiver.test", **(headers or {})}
-    if body is not None:
-        fields.setdefault("content-length", str(len(body)))
-    lines = [f"{method} {target} {version}", *(f"{k}: {v}" for k, v in fields.items())]
-    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + (body or b"")
-
-
-def post_bytes(pair: Pair, body: bytes, **headers: str) -> bytes:
-    """A signed POST to the endpoint, as it travels."""
-    return request_bytes("POST", "/live", {**pair.headers(body), **headers}, body)
-
-
-class Wire:
-    """One connection, byte by byte."""
-
-    def __init__(
-        self, receiver: Receiver, timeout: float = 15, tls: ssl.SSLContext | None = None
-    ) -> None:
-        self.sock: socket.socket = socket.create_connection((receiver.host, receiver.port), timeout)
-        if tls:
-            self.sock = tls.wrap_socket(self.sock, server_hostname="localhost")
-        self.file: io.BufferedReader = self.sock.makefile("rb")
-
-    def __enter__(self) -> Wire:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self.file.close()
-        self.sock.close()
-
-    def send(self, data: bytes) -> None:
-        self.sock.sendall(data)
-
-    def answer(self, body: bool = True) -> Answer:
-        """The next response; EOFError if the connection ends before one begins."""
-        line = self.file.readline()
-        if not line:
-            raise EOFError("closed without an answer")
-        version, status, _ = line.decode("latin-1").split(" ", 2)
-        assert version == "HTTP/1.1", line
-        headers: dict[str, str] = {}
-        while line := self.file.readline().rstrip(b"\r\n"):
-            name, _, value = line.decode("latin-1").partition(":")
-            assert name.lower() not in headers, f"{name} twice"
-            headers[name.lower()] = value.strip()
-        length = int(headers.get("content-length", "0"))
-        content = self.file.read(length) if body and int(status) >= 200 else b""
-        assert not body or int(status) < 200 or len(content) == length, "a torn body"
-        return Answer(int(status), headers, content)
-
-    def closed(self) -> bool:
-        """True if nothing more comes and the other side has closed; waits for the timeout."""
-        try:
-            return self.file.read(1) == b""
-        except ConnectionResetError:
-            return True
-        except TimeoutError:
-            return False
-
-
-def exchange(receiver: Receiver, data: bytes, timeout: float = 15) -> Answer:
-    """Send these bytes on a connection of their own; the first answer."""
-    with Wire(receiver, timeout) as wire:
-        wire.send(data)
-        return wire.answer()
 
 
 @dataclass(frozen=True)

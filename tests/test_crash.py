@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 from harness import ACCEPTED, Pair, Receiver, free_ports, payload_id, signal_payload
-from peers import Wire, post_bytes, request_bytes
+from wire import Wire, post_bytes, request_bytes
 
 KILLS = int(os.environ.get("LIVEAPI_TEST_KILLS", "20"))
 TERMS = int(os.environ.get("LIVEAPI_TEST_TERMS", "5"))
@@ -184,26 +184,26 @@ def test_a_signal_to_end_ends_it_with_status_0(receiver: Receiver, number: int) 
 
 
 def test_idle_connections_are_closed_at_once_by_sigterm(receiver: Receiver) -> None:
-    fresh, used = Wire(receiver), Wire(receiver)
+    fresh, used = Wire(receiver.port), Wire(receiver.port)
     used.send(request_bytes("GET", "/status"))
     assert used.answer().status == 200
     began = time.monotonic()
     receiver.signal(signal.SIGTERM)
-    assert used.closed()
-    assert fresh.closed()
+    assert used.ends()
+    assert fresh.ends()
     assert receiver.process.wait(10) == 0
     assert time.monotonic() - began < 3
 
 
 def test_no_new_connection_is_taken_after_sigterm(receiver: Receiver, pair: Pair) -> None:
-    with Wire(receiver) as wire:
+    with Wire(receiver.port) as wire:
         wire.send(post_bytes(pair, signal_payload())[:-5])
         time.sleep(0.2)
         receiver.signal(signal.SIGTERM)
         deadline = time.monotonic() + 5
         while time.monotonic() < deadline:
             try:
-                Wire(receiver).close()
+                Wire(receiver.port).close()
             except OSError:
                 break
             time.sleep(0.02)
@@ -222,14 +222,14 @@ def test_a_half_received_request_is_finished_and_stored_after_sigterm(
         "after the headers": len(request) - len(payload),
         "in the body": len(request) - 10,
     }[cut]
-    with Wire(receiver) as wire:
+    with Wire(receiver.port) as wire:
         wire.send(request[:at])
         time.sleep(0.2)
         receiver.signal(signal.SIGTERM)
         time.sleep(0.5)
         wire.send(request[at:])
         assert wire.answer().json == ACCEPTED
-        assert wire.closed()
+        assert wire.ends()
     assert receiver.process.wait(10) == 0
     assert receiver.ids("my-app") == [payload_id(payload)]
 
@@ -237,7 +237,7 @@ def test_a_half_received_request_is_finished_and_stored_after_sigterm(
 def test_a_request_that_never_comes_to_its_end_does_not_keep_it_from_ending(
     receiver: Receiver, pair: Pair
 ) -> None:
-    with Wire(receiver) as wire:
+    with Wire(receiver.port) as wire:
         wire.send(post_bytes(pair, signal_payload())[:-1])
         time.sleep(0.2)
         began = time.monotonic()

@@ -25,7 +25,7 @@ import pytest
 from crash_run import Counts, Load, count_log, crash_run
 from harness import ACCEPTED, Answer, Pair, Receiver, eventually, payload_id, run, signal_payload
 from harness import free_ports as ports
-from peers import Wire, post_bytes, request_bytes
+from wire import Wire, post_bytes, request_bytes
 
 FULL = os.environ.get("LIVEAPI_FULL") == "1"
 ROOT = os.geteuid() == 0
@@ -398,9 +398,9 @@ def test_while_the_disk_hangs_other_connections_end_in_time(
     trace = tmp_path / "t"
     with (
         injected(receiver, trace, "fdatasync:delay_enter=8000000"),
-        Wire(receiver) as idle,
-        Wire(receiver) as slow,
-        Wire(receiver, timeout=0.1) as hanging,
+        Wire(receiver.port) as idle,
+        Wire(receiver.port) as slow,
+        Wire(receiver.port, timeout=0.1) as hanging,
     ):
         idle.send(request_bytes("GET", "/status"))
         assert idle.answer().status == 200
@@ -409,9 +409,10 @@ def test_while_the_disk_hangs_other_connections_end_in_time(
         hanging.send(post_bytes(pair, signal_payload()))  # after this nothing else comes in
         assert slow.answer().status == 408
         assert 0.9 < time.monotonic() - began < 2
-        assert idle.closed()
+        assert idle.ends()
         assert 1.5 < time.monotonic() - began < 3.5
-        assert not hanging.closed()
+        with pytest.raises(TimeoutError):
+            hanging.ends()
         receiver.process.kill()
     assert "fdatasync" in trace.read_text()
 

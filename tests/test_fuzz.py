@@ -16,10 +16,10 @@ from itertools import pairwise
 
 import h11
 import pytest
-from harness import Pair, Receiver
+from harness import Answer, Pair, Receiver
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from wire import Reply, Wire
+from wire import Wire
 
 from liveapi_server import Head, Refusal, RequestParser, parse_head
 
@@ -280,7 +280,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Receiver,
             receiver.kill()
 
 
-def judge(reply: Reply, data: bytes) -> None:
+def judge(reply: Answer, data: bytes) -> None:
     """Only what needs no signature is answered with 2xx; all else is a refusal with a reason."""
     assert reply.status in (100, 200, 400, 404, 405, 408, 413, 414, 415, 417, 431, 505), data
     if reply.status == 200 and reply.body:
@@ -292,7 +292,7 @@ def judge(reply: Reply, data: bytes) -> None:
 
 def hurl(port: int, data: bytes) -> None:
     """Send `data` and no more, and read what is answered until the server closes."""
-    with Wire(port, timeout=15) as wire:
+    with Wire(port) as wire:
         wire.send(data)
         wire.half_close()
         if b"HEAD" in data:  # a reader cannot tell whose the answers are once the bytes are wild

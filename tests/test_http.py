@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import pytest
 from harness import ACCEPTED as RECEIVED
-from harness import PROGRAM, Pair, Receiver, signal_payload
-from wire import Reply, Wire, ask
+from harness import PROGRAM, Answer, Pair, Receiver, signal_payload
+from wire import Wire, ask
 
 PAIR = Pair("my-app")
 BODY = b"hello"  # authentic but no JSON: answered with 200 and set aside
@@ -373,7 +373,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Receiver]:
     assert "Traceback" not in "\n".join(receiver.log)
 
 
-def check_refusal(reply: Reply, statuses: tuple[int, ...]) -> None:
+def check_refusal(reply: Answer, statuses: tuple[int, ...]) -> None:
     assert reply.status in statuses, f"{reply.status} {reply.body!r}"
     assert reply.headers["content-type"].startswith("application/json")
     assert reply.closes or reply.status == 415, "a 415's body may have been read in whole"

@@ -16,17 +16,9 @@ import pytest
 from harness import ACCEPTED, Answer, Pair, Receiver, b64url, payload_id, signal_payload
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peers import (
-    Wire,
-    body_of,
-    content_key,
-    exchange,
-    post_bytes,
-    request_bytes,
-    stored_ids,
-    stored_text,
-)
+from peers import body_of, content_key, stored_ids, stored_text
 from test_verify import VECTOR
+from wire import Wire, ask, post_bytes, request_bytes
 
 OTHER = Pair("other-app")
 
@@ -198,9 +190,9 @@ def test_status_is_ok(shared: Receiver) -> None:
 
 
 def test_head_works_on_status(shared: Receiver) -> None:
-    with Wire(shared) as wire:
+    with Wire(shared.port) as wire:
         wire.send(request_bytes("HEAD", "/status") + request_bytes("GET", "/status"))
-        head = wire.answer(body=False)
+        head = wire.answer(to_head=True)
         assert (head.status, head.headers["content-length"]) == (200, "15")
         assert wire.answer().json == {"status": "ok"}
 
@@ -256,8 +248,8 @@ def test_no_answer_tells_what_serves_it(shared: Receiver) -> None:
         shared.post(VECTOR, signal_payload()),
         shared.request("GET", "/nowhere"),
         shared.request("BREW", "/live"),
-        exchange(shared, b"\x00\x01\x02\r\n\r\n"),
-        exchange(shared, request_bytes("GET", "/status", version="HTTP/7.0")),
+        ask(shared.port, b"\x00\x01\x02\r\n\r\n"),
+        ask(shared.port, request_bytes("GET", "/status", version="HTTP/7.0")),
     ]
     for answer in answers:
         text = f"{answer.headers} {answer.body!r}".lower()
@@ -311,7 +303,7 @@ def test_a_chunked_body_over_the_limit_is_too_large(small: Receiver) -> None:
 
 
 def test_an_announced_body_over_the_limit_is_refused_before_it_is_sent(small: Receiver) -> None:
-    with Wire(small) as wire:
+    with Wire(small.port) as wire:
         wire.send(
             request_bytes(
                 "POST",
@@ -325,7 +317,7 @@ def test_an_announced_body_over_the_limit_is_refused_before_it_is_sent(small: Re
 def test_a_413_arrives_though_the_client_goes_on_sending(small: Receiver) -> None:
     # A reset would eat the answer that is on its way, if unread bytes were left at close.
     body = b"x" * 300_000
-    with Wire(small) as wire:
+    with Wire(small.port) as wire:
         wire.send(request_bytes("POST", "/live", VECTOR.headers(body), body))
         assert wire.answer().status == 413
 
@@ -337,68 +329,68 @@ def with_fields(count: int) -> bytes:
 
 
 def test_a_hundred_header_fields_are_read(shared: Receiver) -> None:
-    assert exchange(shared, with_fields(100)).status == 200
+    assert ask(shared.port, with_fields(100)).status == 200
 
 
 def test_a_hundred_and_one_header_fields_are_too_many(shared: Receiver) -> None:
-    refused(exchange(shared, with_fields(101)), 431)
+    refused(ask(shared.port, with_fields(101)), 431)
 
 
 def test_a_header_section_near_32_kib_is_read(shared: Receiver) -> None:
     request = request_bytes("GET", "/status", {"x-filler": "y" * (32 * 1024 - 100)})
-    assert exchange(shared, request).status == 200
+    assert ask(shared.port, request).status == 200
 
 
 def test_a_header_section_over_32_kib_is_too_large(shared: Receiver) -> None:
-    refused(exchange(shared, request_bytes("GET", "/status", {"x-filler": "y" * 33_000})), 431)
+    refused(ask(shared.port, request_bytes("GET", "/status", {"x-filler": "y" * 33_000})), 431)
 
 
 def test_many_header_fields_over_32_kib_are_too_large(shared: Receiver) -> None:
     fields = {f"x-{n}": "y" * 1000 for n in range(40)}
-    refused(exchange(shared, request_bytes("GET", "/status", fields)), 431)
+    refused(ask(shared.port, request_bytes("GET", "/status", fields)), 431)
 
 
 def test_a_target_of_8_kib_is_read(shared: Receiver) -> None:
     target = "/status?" + "q" * (8192 - len("/status?"))
-    assert exchange(shared, request_bytes("GET", target)).status == 200
+    assert ask(shared.port, request_bytes("GET", target)).status == 200
 
 
 def test_a_target_over_8_kib_is_too_long(shared: Receiver) -> None:
-    refused(exchange(shared, request_bytes("GET", "/status?" + "q" * 8192)), 414)
+    refused(ask(shared.port, request_bytes("GET", "/status?" + "q" * 8192)), 414)
 
 
 def test_a_target_of_a_megabyte_is_too_long(shared: Receiver) -> None:
-    refused(exchange(shared, request_bytes("GET", "/" + "q" * 1_000_000)), 414)
+    refused(ask(shared.port, request_bytes("GET", "/" + "q" * 1_000_000)), 414)
 
 
 def test_a_body_that_does_not_arrive_in_time_is_408(small: Receiver) -> None:
     payload = signal_payload()
     began = time.monotonic()
-    with Wire(small) as wire:
+    with Wire(small.port) as wire:
         wire.send(post_bytes(VECTOR, payload)[:-1])
         refused(wire.answer(), 408)
-        assert wire.closed()
+        assert wire.ends()
     assert 0.8 < time.monotonic() - began < 5
     assert payload_id(payload) not in stored_ids(small, "vector")
 
 
 def test_headers_that_do_not_arrive_in_time_are_408(small: Receiver) -> None:
-    with Wire(small) as wire:
+    with Wire(small.port) as wire:
         wire.send(b"POST /live HTTP/1.1\r\nhost: receiver.test\r\n")
         refused(wire.answer(), 408)
-        assert wire.closed()
+        assert wire.ends()
 
 
 def test_a_request_sent_drop_by_drop_has_the_same_time_as_any(small: Receiver) -> None:
     # The timeout is for the whole request: a byte now and then must not renew it.
     request = post_bytes(VECTOR, signal_payload())
     began = time.monotonic()
-    with Wire(small) as wire:
-        wire.sock.settimeout(0.2)
+    with Wire(small.port) as wire:
+        wire.socket.settimeout(0.2)
         for at in range(len(request)):
             try:
                 wire.send(request[at : at + 1])
-                if wire.sock.recv(4096).startswith(b"HTTP/1.1 408"):
+                if wire.socket.recv(4096).startswith(b"HTTP/1.1 408"):
                     break
             except TimeoutError:
                 continue
@@ -445,7 +437,7 @@ def test_pipelined_requests_are_answered_in_order(shared: Receiver) -> None:
         request_bytes("GET", "/live?challenge=c", {"x-notificare-public-key": VECTOR.public}),
         *(post_bytes(VECTOR, signal_payload()) for _ in range(30)),
     ]
-    with Wire(shared) as wire:
+    with Wire(shared.port) as wire:
         wire.send(b"".join(requests))
         answers = [wire.answer() for _ in requests]
     assert [a.status for a in answers[:7]] == [200, 200, 400, 200, 200, 404, 200]
@@ -459,7 +451,7 @@ def test_pipelined_requests_are_answered_in_order(shared: Receiver) -> None:
 def test_expect_100_continue_gets_its_100_and_then_the_answer(shared: Receiver) -> None:
     payload = signal_payload()
     head = post_bytes(VECTOR, payload, expect="100-continue")[: -len(payload)]
-    with Wire(shared) as wire:
+    with Wire(shared.port) as wire:
         wire.send(head)
         assert wire.answer().status == 100
         wire.send(payload)
@@ -484,7 +476,7 @@ def test_chunk_extensions_and_trailers_are_read_over(shared: Receiver) -> None:
         "POST", "/live", {**VECTOR.headers(payload), "transfer-encoding": "chunked"}
     )
     body = b"%X;name=value\r\n%s\r\n0\r\nx-trailer: 1\r\n\r\n" % (len(payload), payload)
-    with Wire(shared) as wire:
+    with Wire(shared.port) as wire:
         wire.send(head + body + request_bytes("GET", "/status"))
         assert wire.answer().json == ACCEPTED
         assert wire.answer().json == {"status": "ok"}
@@ -492,23 +484,23 @@ def test_chunk_extensions_and_trailers_are_read_over(shared: Receiver) -> None:
 
 def test_http_1_0_is_served_and_closed(shared: Receiver) -> None:
     payload = signal_payload()
-    with Wire(shared) as wire:
+    with Wire(shared.port) as wire:
         wire.send(request_bytes("POST", "/live", VECTOR.headers(payload), payload, "HTTP/1.0"))
         assert wire.answer().json == ACCEPTED
-        assert wire.closed()
+        assert wire.ends()
     assert payload_id(payload) in stored_ids(shared, "vector")
 
 
 def test_connection_close_is_honoured(shared: Receiver) -> None:
-    with Wire(shared) as wire:
+    with Wire(shared.port) as wire:
         wire.send(post_bytes(VECTOR, signal_payload(), connection="close"))
         assert wire.answer().json == ACCEPTED
-        assert wire.closed()
+        assert wire.ends()
 
 
 def test_a_post_with_neither_length_nor_chunks_has_an_empty_body(shared: Receiver) -> None:
     head = request_bytes("POST", "/live", VECTOR.headers(b""))
-    with Wire(shared) as wire:
+    with Wire(shared.port) as wire:
         wire.send(head + request_bytes("GET", "/status"))
         answer = wire.answer()
         assert answer.status == 200
@@ -553,29 +545,29 @@ MALFORMED = {
 
 @pytest.mark.parametrize("case", MALFORMED)
 def test_malformed_http_gets_400_and_the_connection_is_closed(shared: Receiver, case: str) -> None:
-    with Wire(shared) as wire:
+    with Wire(shared.port) as wire:
         wire.send(MALFORMED[case])
         refused(wire.answer(), 400)
-        assert wire.closed()
+        assert wire.ends()
 
 
 @pytest.mark.parametrize("version", ["HTTP/2.0", "HTTP/0.9", "HTTP/3.0"])
 def test_another_http_version_gets_505_and_the_connection_is_closed(
     shared: Receiver, version: str
 ) -> None:
-    with Wire(shared) as wire:
+    with Wire(shared.port) as wire:
         wire.send(request_bytes("GET", "/status", version=version))
         refused(wire.answer(), 505)
-        assert wire.closed()
+        assert wire.ends()
 
 
 def test_an_idle_connection_is_closed_after_keepalive(start: Callable[..., Receiver]) -> None:
     receiver = start("--keepalive", "1")
-    with Wire(receiver) as wire:
+    with Wire(receiver.port) as wire:
         wire.send(request_bytes("GET", "/status"))
         assert wire.answer().status == 200
         began = time.monotonic()
-        assert wire.closed()
+        assert wire.ends()
         assert 0.7 < time.monotonic() - began < 4
 
 
@@ -583,11 +575,11 @@ def test_at_the_limit_the_longest_waiting_connection_makes_room(
     start: Callable[..., Receiver], pair: Pair
 ) -> None:
     receiver = start("--max-connections", "8")
-    idle = [Wire(receiver) for _ in range(20)]
+    idle = [Wire(receiver.port) for _ in range(20)]
     began = time.monotonic()
     assert receiver.post(pair, signal_payload()).json == ACCEPTED
     assert time.monotonic() - began < 3
-    assert idle[0].closed()
+    assert idle[0].ends()
     for wire in idle:
         wire.close()
 

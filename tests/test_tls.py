@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 from harness import ACCEPTED, Pair, Receiver, eventually, payload_id, signal_payload
-from peers import Certificate, Wire, at_once, make_certificate, post_bytes, request_bytes
+from peers import Certificate, at_once, make_certificate
+from wire import Wire, post_bytes, request_bytes
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_pipelined_requests_in_one_tls_record_are_all_answered(
 ) -> None:
     # What TLS has decrypted already can't be seen on the socket.
     payloads = [signal_payload() for _ in range(8)]
-    with Wire(secure, 5, certificate.context()) as wire:
+    with Wire(secure.port, 5, certificate.context()) as wire:
         wire.send(b"".join(post_bytes(pair, payload) for payload in payloads))
         assert [wire.answer().json for _ in payloads] == [ACCEPTED] * 8
     assert secure.ids("my-app") == [payload_id(payload) for payload in payloads]
@@ -77,7 +78,7 @@ def test_many_tls_connections_at_once_are_served(secure: Receiver, pair: Pair) -
 
 
 def test_stalled_handshakes_do_not_keep_others_waiting(secure: Receiver, pair: Pair) -> None:
-    stalled = [Wire(secure) for _ in range(30)]
+    stalled = [Wire(secure.port) for _ in range(30)]
     for wire in stalled[:10]:
         wire.send(b"\x16\x03\x01")
     began = time.monotonic()
@@ -91,19 +92,20 @@ def test_a_handshake_that_is_not_done_in_time_is_given_up(
     start: Callable[..., Receiver], certificate: Certificate, pair: Pair
 ) -> None:
     receiver = start(*certificate.options, "--timeout", "1")
-    with Wire(receiver) as wire:
+    with Wire(receiver.port) as wire:
         began = time.monotonic()
         wire.send(b"\x16\x03\x01")
-        assert wire.closed()
+        assert wire.ends()
         assert 0.7 < time.monotonic() - began < 5
     assert receiver.post(pair, signal_payload()).json == ACCEPTED
 
 
 def test_http_in_clear_on_the_tls_port_harms_nobody(secure: Receiver, pair: Pair) -> None:
-    with Wire(secure) as wire:
+    with Wire(secure.port) as wire:
         wire.send(post_bytes(pair, signal_payload()))
         with suppress(ConnectionResetError):
-            wire.file.read()
+            while wire.socket.recv(4096):
+                pass
     assert secure.post(pair, signal_payload()).json == ACCEPTED
     assert len(secure.lines("my-app")) == 1
     assert not [line for line in secure.log if "Traceback" in line]
@@ -113,9 +115,9 @@ def test_a_client_that_leaves_during_the_handshake_harms_nobody(
     secure: Receiver, pair: Pair
 ) -> None:
     for _ in range(20):
-        with Wire(secure) as wire:
+        with Wire(secure.port) as wire:
             # A reset instead of an orderly end.
-            wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+            wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
             wire.send(b"\x16\x03\x01\x00")
     assert secure.post(pair, signal_payload()).json == ACCEPTED
     assert not [line for line in secure.log if "Traceback" in line]
@@ -218,12 +220,12 @@ def test_faulty_tls_files_on_sighup_leave_the_old_ones_in_force_and_the_log_says
 def test_sigterm_closes_idle_tls_connections_at_once(
     secure: Receiver, certificate: Certificate
 ) -> None:
-    used = Wire(secure, 10, certificate.context())
+    used = Wire(secure.port, 10, certificate.context())
     used.send(request_bytes("GET", "/status"))
     assert used.answer().status == 200
-    shaking = Wire(secure)
+    shaking = Wire(secure.port)
     began = time.monotonic()
     assert secure.stop() == 0
     assert time.monotonic() - began < 5
-    assert used.closed()
+    assert used.ends()
     shaking.close()

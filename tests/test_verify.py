@@ -10,7 +10,7 @@ import pytest
 from harness import Pair, Receiver
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peers import Wire, exchange, request_bytes
+from wire import Wire, ask, request_bytes
 
 VECTOR = Pair(
     "vector",
@@ -28,29 +28,27 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Receiver]:
     receiver.kill()
 
 
-def ask(receiver: Receiver, target: str, pair: Pair, **headers: str) -> tuple[int, bytes]:
-    answer = receiver.request(
-        "GET", target, headers={"x-notificare-public-key": pair.public, **headers}
-    )
+def verify(receiver: Receiver, target: str, pair: Pair) -> tuple[int, bytes]:
+    answer = receiver.request("GET", target, headers={"x-notificare-public-key": pair.public})
     return answer.status, answer.body
 
 
 def test_the_protocols_challenge_gets_the_protocols_answer(shared: Receiver) -> None:
-    assert ask(shared, "/live?challenge=3f1c9d0e%20a%2Bb%2Fc%3D%3D", VECTOR) == (
+    assert verify(shared, "/live?challenge=3f1c9d0e%20a%2Bb%2Fc%3D%3D", VECTOR) == (
         200,
         b"MPtbRDPqpeKPSeKi14VutHA5D3zRcMFBGKvvL6B8E34=",
     )
 
 
 def test_the_vendors_own_test_vector_comes_out(shared: Receiver) -> None:
-    assert ask(shared, "/live?challenge=some%20simple%20test%20data", SDK) == (
+    assert verify(shared, "/live?challenge=some%20simple%20test%20data", SDK) == (
         200,
         b"ddDzXOU6EMrITLgRKBIbhBAHxWAZBUj1nTk9Exs5PNE=",
     )
 
 
 def test_a_plus_in_the_query_is_a_space(shared: Receiver) -> None:
-    assert ask(shared, "/live?challenge=some+simple+test+data", SDK) == (
+    assert verify(shared, "/live?challenge=some+simple+test+data", SDK) == (
         200,
         b"ddDzXOU6EMrITLgRKBIbhBAHxWAZBUj1nTk9Exs5PNE=",
     )
@@ -71,7 +69,7 @@ def test_the_answer_is_plain_text_of_44_bytes_and_nothing_else(shared: Receiver)
 )
 def test_any_text_is_signed_as_it_was_meant(shared: Receiver, challenge: str) -> None:
     for encoded in (quote(challenge, safe=""), quote_plus(challenge)):
-        assert ask(shared, f"/live?challenge={encoded}", VECTOR) == (
+        assert verify(shared, f"/live?challenge={encoded}", VECTOR) == (
             200,
             VECTOR.sign(challenge.encode()).encode(),
         )
@@ -86,7 +84,7 @@ def test_random_challenges_are_signed(shared: Receiver, challenge: str) -> None:
 
 
 def test_the_challenge_may_stand_among_other_parameters(shared: Receiver) -> None:
-    assert ask(shared, "/live?a=1&challenge=yes&b=2", VECTOR) == (
+    assert verify(shared, "/live?a=1&challenge=yes&b=2", VECTOR) == (
         200,
         VECTOR.sign(b"yes").encode(),
     )
@@ -116,11 +114,11 @@ def test_an_unknown_public_key_is_refused(shared: Receiver, key: str) -> None:
 
 
 def test_head_gives_verifys_headers_without_its_body(shared: Receiver) -> None:
-    with Wire(shared) as wire:
+    with Wire(shared.port) as wire:
         wire.send(
             request_bytes("HEAD", "/live?challenge=c", {"x-notificare-public-key": VECTOR.public})
         )
-        head = wire.answer(body=False)
+        head = wire.answer(to_head=True)
         assert (head.status, head.headers["content-length"]) == (200, "44")
         wire.send(request_bytes("GET", "/status"))
         assert wire.answer().json == {"status": "ok"}
@@ -133,10 +131,10 @@ def test_verify_works_over_http_1_0(shared: Receiver) -> None:
         {"x-notificare-public-key": VECTOR.public},
         version="HTTP/1.0",
     )
-    with Wire(shared) as wire:
+    with Wire(shared.port) as wire:
         wire.send(request)
         assert wire.answer().body.decode() == VECTOR.sign(b"c")
-        assert wire.closed()
+        assert wire.ends()
 
 
 def test_a_target_in_absolute_form_is_understood(shared: Receiver) -> None:
@@ -146,7 +144,7 @@ def test_a_target_in_absolute_form_is_understood(shared: Receiver) -> None:
         "http://receiver.test/live?challenge=c",
         {"x-notificare-public-key": VECTOR.public},
     )
-    assert exchange(shared, request).body.decode() == VECTOR.sign(b"c")
+    assert ask(shared.port, request).body.decode() == VECTOR.sign(b"c")
 
 
 def test_an_answered_verify_is_logged_with_the_instances_name(

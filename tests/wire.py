@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import socket
 import ssl
 import time
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Self
+
+from harness import Answer, Pair
 
 STATUS_LINE = re.compile(rb"HTTP/1\.1 ([1-5][0-9]{2}) [\t -~\x80-\xff]*")
 FIELD_LINE = re.compile(
@@ -17,19 +16,24 @@ FIELD_LINE = re.compile(
 )
 
 
-@dataclass
-class Reply:
-    status: int
-    headers: dict[str, str]
-    body: bytes
+def request_bytes(
+    method: str,
+    target: str,
+    headers: dict[str, str] | None = None,
+    body: bytes | None = None,
+    version: str = "HTTP/1.1",
+) -> bytes:
+    """A request as it travels; Host and Content-Length are added."""
+    fields = {"host": "receiver.test", **(headers or {})}
+    if body is not None:
+        fields.setdefault("content-length", str(len(body)))
+    lines = [f"{method} {target} {version}", *(f"{k}: {v}" for k, v in fields.items())]
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + (body or b"")
 
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
 
-    @property
-    def closes(self) -> bool:
-        return "close" in self.headers.get("connection", "").lower().split(", ")
+def post_bytes(pair: Pair, body: bytes, **headers: str) -> bytes:
+    """A signed POST to the endpoint, as it travels."""
+    return request_bytes("POST", "/live", {**pair.headers(body), **headers}, body)
 
 
 class Wire:
@@ -38,7 +42,7 @@ class Wire:
     def __init__(
         self,
         port: int,
-        timeout: float = 20,
+        timeout: float = 15,
         tls: ssl.SSLContext | None = None,
         receive_buffer: int = 0,
     ) -> None:
@@ -48,18 +52,18 @@ class Wire:
         raw.settimeout(timeout)
         raw.connect(("127.0.0.1", port))
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket: socket.socket = tls.wrap_socket(raw) if tls else raw
+        self.socket: socket.socket = raw
+        if tls:
+            self.socket = tls.wrap_socket(raw, server_hostname="localhost")
         self.buffer = b""
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self.socket.close()
 
     def send(self, data: bytes) -> None:
@@ -78,7 +82,7 @@ class Wire:
         self.buffer += data
         return bool(data)
 
-    def reply(self, to_head: bool = False) -> Reply | None:
+    def reply(self, to_head: bool = False) -> Answer | None:
         """The next answer, or None when the connection has ended in good order before one."""
         while b"\r\n\r\n" not in self.buffer:
             if not self._more():
@@ -97,16 +101,16 @@ class Wire:
             headers[name] = found[2].decode("latin-1")
         status = int(start[1])
         if status < 200 or status in (204, 304) or to_head:
-            return Reply(status, headers, b"")
+            return Answer(status, headers, b"")
         assert "transfer-encoding" not in headers, "its own answers are short: a length will do"
         assert "content-length" in headers, f"the answer's end cannot be told: {head!r}"
         length = int(headers["content-length"])
         while len(self.buffer) < length:
             assert self._more(), f"the answer is cut short: {head + self.buffer!r}"
         body, self.buffer = self.buffer[:length], self.buffer[length:]
-        return Reply(status, headers, body)
+        return Answer(status, headers, body)
 
-    def answer(self, to_head: bool = False) -> Reply:
+    def answer(self, to_head: bool = False) -> Answer:
         reply = self.reply(to_head)
         assert reply, "closed without an answer"
         return reply
@@ -116,8 +120,8 @@ class Wire:
         return self.buffer == b"" and not self._more()
 
 
-def ask(port: int, data: bytes, to_head: bool = False) -> Reply:
+def ask(port: int, data: bytes) -> Answer:
     """The first answer to `data`, on a connection of its own."""
     with Wire(port) as wire:
         wire.send(data)
-        return wire.answer(to_head)
+        return wire.answer()

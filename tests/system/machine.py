@@ -173,9 +173,7 @@ def request(
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
     try:
         connection.request(method, target, body or None, headers or {})
-        response = connection.getresponse()
-        return Answer(response.status, {k.lower(): v for k, v in response.getheaders()},
-                      response.read())  # fmt: skip
+        return Answer.read(connection.getresponse())
     finally:
         connection.close()
 
