@@ -26,7 +26,7 @@ from pathlib import Path
 import pytest
 from harness import ACCEPTED, Pair, Receiver, eventually, signal_payload
 from peers import make_certificate
-from wire import Wire
+from wire import Wire, post_bytes
 
 FULL = bool(os.environ.get("LIVEAPI_FULL"))
 TICKS = 20  # the crowd is served in so many slices a second
@@ -111,11 +111,9 @@ class Honest:
 
     def post(self) -> None:
         body = signal_payload()
-        lines = ["POST /live HTTP/1.1", "Host: a", f"Content-Length: {len(body)}"]
-        lines += [f"{name}: {value}" for name, value in self.pair.headers(body).items()]
         began = time.perf_counter()
         with Wire(self.receiver.port, 30, self.tls) as wire:
-            wire.send("\r\n".join([*lines, "", ""]).encode() + body)
+            wire.send(post_bytes(self.pair, body))
             reply = wire.answer()
         self.times.append(time.perf_counter() - began)
         assert (reply.status, reply.json) == (200, ACCEPTED)
@@ -497,9 +495,8 @@ def test_clients_that_vanish_leave_nothing_behind(
     honest = Honest(receiver, pair)
     dice = random.Random(1)
     body = signal_payload()
-    head = "".join(f"{name}: {value}\r\n" for name, value in pair.headers(body).items())
-    request = f"POST /live HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n{head}\r\n"
-    whole = request.encode() + body
+    whole = post_bytes(pair, body)
+    head = len(whole) - len(body)
     gone = threading.Event()
     vanished = 0
 
@@ -507,7 +504,7 @@ def test_clients_that_vanish_leave_nothing_behind(
         nonlocal vanished
         for _ in range(full(5000, 600)):
             sock = socket.create_connection(("127.0.0.1", receiver.port), 10)
-            cut = dice.choice([0, 1, len(request), len(whole), dice.randrange(len(whole))])
+            cut = dice.choice([0, 1, head, len(whole), dice.randrange(len(whole))])
             with contextlib.suppress(OSError):
                 sock.sendall(whole[:cut] if dice.random() < 0.8 else STATUS * 50)
             if dice.random() < 0.7:

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from harness import ROOT, Pair, Receiver, eventually
+from harness import ROOT, Receiver, eventually
 
 HERE = Path(__file__).resolve().parent
 HEADING = "## When one VM is not enough"
@@ -143,12 +143,6 @@ def holders(receivers: Iterable[Receiver], stem: str) -> dict[str, Counter[str]]
         for identity in receiver.ids(stem):
             held.setdefault(identity, Counter())[receiver.directory.name] += 1
     return held
-
-
-def as_request(pair: Pair, payload: bytes) -> bytes:
-    head = "".join(f"{name}: {value}\r\n" for name, value in pair.headers(payload).items())
-    length = f"content-length: {len(payload)}\r\n"
-    return f"POST /live HTTP/1.1\r\nhost: live\r\n{length}{head}\r\n".encode() + payload
 
 
 async def _send_each(port: int, requests: list[bytes], connections: int) -> int:

@@ -25,8 +25,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from engines import HAProxy, as_request, holders, need, send_each
+from engines import HAProxy, holders, need, send_each
 from harness import Pair, Receiver, eventually, free_ports, payload_id, signal_payload
+from wire import post_bytes
 
 NAMES = ("a", "b", "c")
 
@@ -124,7 +125,7 @@ def test_the_load_is_spread_and_a_repeat_reaches_the_receiver_that_holds_the_fir
 ) -> None:
     _, port = balance()
     sent = payloads(3000)
-    requests = [as_request(fleet.pair, payload) for payload in sent]
+    requests = [post_bytes(fleet.pair, payload) for payload in sent]
     assert send_each(port, requests, 32)[0] == len(sent)
     random.shuffle(requests)
     assert send_each(port, requests[:1000], 32)[0] == 1000
@@ -160,7 +161,7 @@ def test_a_receiver_that_is_down_costs_no_sender_an_error(
     balancer, port = balance()
     fleet.running["b"].kill()
     sent = payloads(300)
-    accepted, _ = send_each(port, [as_request(fleet.pair, each) for each in sent], 8)
+    accepted, _ = send_each(port, [post_bytes(fleet.pair, each) for each in sent], 8)
     assert accepted == len(sent)
     assert int(balancer.stats("wredis")["b"]) > 0
     held = fleet.holders()
@@ -176,7 +177,7 @@ def test_a_signal_in_flight_to_a_receiver_that_hangs_goes_to_another(
     stopped.signal(signal.SIGSTOP)
     sent = payloads(12)
     for payload in sent:
-        request = as_request(fleet.pair, payload)
+        request = post_bytes(fleet.pair, payload)
         middle = request.index(b"\r\n\r\n") + 4 if packets == "two packets" else len(request)
         with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
             connection.sendall(request[:middle])
@@ -414,7 +415,7 @@ def test_rates_with_one_two_and_three_receivers_are_measured(
     def measure(name: str, port: int, balancer: int | None) -> None:
         batch = payloads(4000)
         sent.extend(batch)
-        requests = [as_request(fleet.pair, payload) for payload in batch]
+        requests = [post_bytes(fleet.pair, payload) for payload in batch]
         before = [sum(map(cpu_seconds, receivers)), cpu_seconds(balancer) if balancer else 0]
         accepted, seconds = send_each(port, requests, 64)
         after = [sum(map(cpu_seconds, receivers)), cpu_seconds(balancer) if balancer else 0]
