@@ -41,6 +41,13 @@ class Certificate:
     def options(self) -> tuple[str, ...]:
         return ("--tls-cert", str(self.cert), "--tls-key", str(self.key))
 
+    def both(self) -> Path:
+        """Certificate and key in one file, as HAProxy wants them."""
+        path = self.key.with_suffix(".both")
+        path.touch(0o600)
+        path.write_bytes(self.cert.read_bytes() + self.key.read_bytes())
+        return path
+
     @property
     def der(self) -> bytes:
         return ssl.PEM_cert_to_DER_cert(self.cert.read_text())

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import pytest
 from harness import ACCEPTED, Pair, Receiver, eventually, signal_payload
-from peers import make_certificate
+from peers import Certificate, make_certificate
 from wire import Wire, post_bytes
 
 FULL = bool(os.environ.get("LIVEAPI_FULL"))
@@ -234,16 +234,8 @@ def calm(start: Callable[..., Receiver]) -> Iterator[Callable[..., Receiver]]:
 
 
 @pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    made = make_certificate(tmp_path_factory.mktemp("tls"))
-    return str(made.cert), str(made.key)
-
-
-def trusting() -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    return context
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    return make_certificate(tmp_path_factory.mktemp("tls"))
 
 
 def duration() -> float:
@@ -332,12 +324,12 @@ def test_large_bodies_that_stall_hold_no_more_memory_than_they_sent(
 def test_signals_succeed_beside_stalled_handshakes(
     calm: Callable[..., Receiver],
     pair: Pair,
-    certificate: tuple[str, str],
+    certificate: Certificate,
     name: str,
     opening: bytes,
 ) -> None:
-    receiver = calm("--timeout", "5", "--tls-cert", certificate[0], "--tls-key", certificate[1])
-    honest = Honest(receiver, pair, trusting())
+    receiver = calm("--timeout", "5", *certificate.options)
+    honest = Honest(receiver, pair, certificate.context())
     with Vitals(receiver) as vitals:
         with Crowd(receiver, 200, opening) as crowd:
             honest.keep_on(duration())
@@ -347,10 +339,10 @@ def test_signals_succeed_beside_stalled_handshakes(
 
 
 def test_a_crowd_that_speaks_no_tls_does_not_hurt(
-    calm: Callable[..., Receiver], pair: Pair, certificate: tuple[str, str]
+    calm: Callable[..., Receiver], pair: Pair, certificate: Certificate
 ) -> None:
-    receiver = calm("--timeout", "5", "--tls-cert", certificate[0], "--tls-key", certificate[1])
-    honest = Honest(receiver, pair, trusting())
+    receiver = calm("--timeout", "5", *certificate.options)
+    honest = Honest(receiver, pair, certificate.context())
     before = len(receiver.log)
     with Vitals(receiver) as vitals:
         with Crowd(receiver, 200, STATUS) as crowd:
@@ -763,9 +755,9 @@ def test_empty_lines_do_not_hold_a_connection(calm: Callable[..., Receiver]) -> 
 
 
 def test_a_handshake_has_its_time_too(
-    calm: Callable[..., Receiver], certificate: tuple[str, str]
+    calm: Callable[..., Receiver], certificate: Certificate
 ) -> None:
-    receiver = calm("--timeout", "1", "--tls-cert", certificate[0], "--tls-key", certificate[1])
+    receiver = calm("--timeout", "1", *certificate.options)
     with Wire(receiver.port) as wire:
         began = time.monotonic()
         wire.send(b"\x16\x03\x01")

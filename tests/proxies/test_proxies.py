@@ -8,7 +8,6 @@ how the request came: which version, chunked or not, over how many connections.
 from __future__ import annotations
 
 import base64
-import datetime
 import json
 import os
 import re
@@ -26,10 +25,8 @@ from pathlib import Path
 import httpx
 import pytest
 import requests
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from harness import ACCEPTED, ROOT, Pair, Receiver, free_ports, payload_id, signal_payload
+from peers import make_certificate
 
 # Its worker must be able to write where the test has made room for large bodies.
 NGINX_USER = "user root;" if os.geteuid() == 0 else ""
@@ -52,7 +49,7 @@ SITE = """
     upstream liveapi {{ server 127.0.0.1:{upstream}; {keep} }}
     server {{
         listen 127.0.0.1:{port} ssl; server_name localhost;
-        ssl_certificate {directory}/cert.pem; ssl_certificate_key {directory}/key.pem;
+        ssl_certificate {directory}/tls.pem; ssl_certificate_key {directory}/tls.key;
         location / {{ proxy_pass http://liveapi; {options} }}
     }}
 """
@@ -67,7 +64,7 @@ defaults
     timeout server 20s
     {options}
 frontend front
-    bind 127.0.0.1:{port} ssl crt {directory}/both.pem
+    bind 127.0.0.1:{port} ssl crt {directory}/tls.both
     default_backend liveapi
 backend liveapi
     http-reuse always
@@ -81,7 +78,7 @@ CADDY = """
 }}
 https://localhost:{port} {{
     bind 127.0.0.1
-    tls {directory}/cert.pem {directory}/key.pem
+    tls {directory}/tls.pem {directory}/tls.key
     reverse_proxy 127.0.0.1:{upstream} {{
         {options}
     }}
@@ -160,28 +157,6 @@ class Site:
     pair: Pair
 
 
-def certify(directory: Path) -> None:
-    """A certificate for localhost, signed by itself; cert.pem, key.pem, and both.pem."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    now = datetime.datetime.now(datetime.UTC)
-    names = x509.SubjectAlternativeName([x509.DNSName("localhost")])
-    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name)
-    builder = builder.public_key(key.public_key()).serial_number(x509.random_serial_number())
-    builder = builder.not_valid_before(now - datetime.timedelta(hours=1))
-    builder = builder.not_valid_after(now + datetime.timedelta(days=1))
-    signed = builder.add_extension(names, False).sign(key, hashes.SHA256())
-    cert = signed.public_bytes(serialization.Encoding.PEM)
-    secret = key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
-    for file, text in (("cert.pem", cert), ("key.pem", secret), ("both.pem", cert + secret)):
-        (directory / file).write_bytes(text)
-        (directory / file).chmod(0o600)
-
-
 def need(program: str) -> None:
     if not shutil.which(program, path="/usr/sbin:/usr/bin:/usr/local/bin"):
         pytest.skip(f"{program} is not installed: apt-get install {program}")
@@ -223,7 +198,8 @@ def behind(tmp_path: Path, pair: Pair, start: Callable[..., Receiver]) -> Iterat
     def begin(proxy: str, text: Callable[..., str] | None = None) -> Site:
         need(proxy.split()[0].lower())
         tmp_path.chmod(0o755)
-        certify(tmp_path)
+        certificate = make_certificate(tmp_path)
+        certificate.both()
         receiver = start()
         tap = Tap(receiver.port)
         taps.append(tap)
@@ -240,7 +216,7 @@ def behind(tmp_path: Path, pair: Pair, start: Callable[..., Receiver]) -> Iterat
             env={"HOME": str(tmp_path), "PATH": "/usr/sbin:/usr/bin:/bin"},
         )
         started.append(process)
-        site = Site(f"https://localhost:{port}", str(tmp_path / "cert.pem"), tap, receiver, pair)
+        site = Site(f"https://localhost:{port}", str(certificate.cert), tap, receiver, pair)
         deadline = time.monotonic() + 15
         while True:
             try:
@@ -464,8 +440,7 @@ def documented_caddy(directory: Path, port: int, upstream: int) -> str:
     site = replaced(
         site,
         r"(?m)^live\.example\.com \{",
-        f"https://localhost:{port} {{\nbind 127.0.0.1\n"
-        f"tls {directory}/cert.pem {directory}/key.pem",
+        f"https://localhost:{port} {{\nbind 127.0.0.1\ntls {directory}/tls.pem {directory}/tls.key",
     )
     return "{\nadmin off\nauto_https off\n}\n" + site
 
@@ -473,8 +448,8 @@ def documented_caddy(directory: Path, port: int, upstream: int) -> str:
 def documented_nginx(directory: Path, port: int, upstream: int) -> str:
     site = replaced(documented("nginx"), "127.0.0.1:3014", f"127.0.0.1:{upstream}")
     site = replaced(site, r"listen 443 ssl;", f"listen 127.0.0.1:{port} ssl;")
-    site = replaced(site, r"\S+/fullchain\.pem", f"{directory}/cert.pem")
-    site = replaced(site, r"\S+/privkey\.pem", f"{directory}/key.pem")
+    site = replaced(site, r"\S+/fullchain\.pem", f"{directory}/tls.pem")
+    site = replaced(site, r"\S+/privkey\.pem", f"{directory}/tls.key")
     return NGINX.format(user=NGINX_USER, directory=directory, sites=site)
 
 
@@ -504,7 +479,7 @@ def test_the_configuration_in_the_readme_works(
 
 def test_the_nginx_configuration_in_the_readme_has_no_warning(tmp_path: Path) -> None:
     need("nginx")
-    certify(tmp_path)
+    make_certificate(tmp_path)
     (port,) = free_ports(1)
     file = tmp_path / "proxy.conf"
     file.write_text(documented_nginx(tmp_path, port, 3014))

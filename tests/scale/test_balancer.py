@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import http.client
 import json
 import os
@@ -21,12 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from engines import HAProxy, holders, need, send_each
 from harness import Pair, Receiver, eventually, free_ports, payload_id, signal_payload
+from peers import make_certificate
 from wire import post_bytes
 
 NAMES = ("a", "b", "c")
@@ -239,32 +235,6 @@ def test_a_signal_larger_than_the_balancers_buffer_is_stored(
     assert len(held_by(fleet, payload)) == 1
 
 
-def certificate(path: Path) -> None:
-    """A throw-away certificate and its key in one file, as HAProxy wants them."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "live.example.com")])
-    now = datetime.datetime.now(datetime.UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .sign(key, hashes.SHA256())
-    )
-    path.touch(0o600)
-    path.write_bytes(
-        made.public_bytes(serialization.Encoding.PEM)
-        + key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-
-
 @dataclass
 class Sent:
     """What a sender knows of one signal: when its first try began, when it was last accepted."""
@@ -341,9 +311,7 @@ class LiveAPI:
 def test_no_acknowledged_signal_is_lost_while_receivers_are_killed_and_restarted(
     fleet: Fleet, balance: Callable[..., tuple[HAProxy, int]], tmp_path: Path
 ) -> None:
-    pem = tmp_path / "live.pem"
-    certificate(pem)
-    balancer, port = balance(options=f"ssl crt {pem}")
+    balancer, port = balance(options=f"ssl crt {make_certificate(tmp_path).both()}")
     api = LiveAPI(port, fleet.pair)
     load = threading.Thread(target=api.run)
     load.start()
