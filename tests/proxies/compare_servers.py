@@ -27,6 +27,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
+import nginx  # noqa: E402
 from harness import Receiver, free_ports  # noqa: E402
 from test_fuzz import mutant  # noqa: E402
 from test_http import ACCEPTED, PAIR, REFUSED, STATUS, Case  # noqa: E402
@@ -79,16 +80,8 @@ http.createServer((request, response) => {
 """
 
 NGINX = """
-daemon off; pid {directory}/pid; error_log {directory}/error.log; worker_processes 1;
-events {{}}
-http {{
-    access_log off;
-    client_body_temp_path {directory}/body; proxy_temp_path {directory}/proxy;
-    fastcgi_temp_path {directory}/fastcgi; uwsgi_temp_path {directory}/uwsgi;
-    scgi_temp_path {directory}/scgi;
     server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass http://127.0.0.1:{inner}; }} }}
     server {{ listen 127.0.0.1:{inner}; location / {{ return 200 ok; }} }}
-}}
 """
 
 # Where the receiver takes what another server refuses, and why it has to.
@@ -122,11 +115,10 @@ def commands(directory: Path) -> Iterator[tuple[str, int, list[str]]]:
     (directory / "asgi_app.py").write_text(ASGI)
     (directory / "plain.py").write_text(PLAIN)
     (directory / "server.js").write_text(NODE)
-    (directory / "nginx.conf").write_text(
-        NGINX.format(directory=directory, port=port["nginx"], inner=inner)
-    )
+    sites = NGINX.format(port=port["nginx"], inner=inner)
+    (directory / "nginx.conf").write_text(nginx.config(directory, sites))
     python = [sys.executable, "-m"]
-    yield "nginx", port["nginx"], ["nginx", "-p", str(directory), "-c", "nginx.conf"]
+    yield "nginx", port["nginx"], nginx.command(directory / "nginx.conf")
     yield "Node http", port["Node http"], ["node", "server.js", str(port["Node http"])]
     address = f"127.0.0.1:{port['gunicorn']}"
     gunicorn = ["gunicorn", "--threads", "64", "--no-control-socket", "-b", address]

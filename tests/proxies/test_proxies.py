@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
 import shutil
 import socket
@@ -23,27 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import nginx
 import pytest
 import requests
 from harness import ACCEPTED, ROOT, Pair, Receiver, free_ports, payload_id, signal_payload
 from peers import make_certificate
 
-# Its worker must be able to write where the test has made room for large bodies.
-NGINX_USER = "user root;" if os.geteuid() == 0 else ""
-
 README = ROOT / "README.md"
-
-NGINX = """
-daemon off; {user} pid {directory}/pid; error_log {directory}/error.log; worker_processes 1;
-events {{}}
-http {{
-    access_log off;
-    client_body_temp_path {directory}/body; proxy_temp_path {directory}/proxy;
-    fastcgi_temp_path {directory}/fastcgi; uwsgi_temp_path {directory}/uwsgi;
-    scgi_temp_path {directory}/scgi;
-    {sites}
-}}
-"""
 
 SITE = """
     upstream liveapi {{ server 127.0.0.1:{upstream}; {keep} }}
@@ -173,7 +158,7 @@ def config(proxy: str, directory: Path, port: int, upstream: int) -> str:
         if "unbuffered" in proxy:
             options += " proxy_request_buffering off;"
         sites = SITE.format(**values, keep=keep, options=options)
-        return NGINX.format(user=NGINX_USER, directory=directory, sites=sites)
+        return nginx.config(directory, sites)
     if proxy.startswith("HAProxy"):
         options = "option httpclose" if "closing" in proxy else "option http-keep-alive"
         return HAPROXY.format(**values, options=options)
@@ -183,7 +168,7 @@ def config(proxy: str, directory: Path, port: int, upstream: int) -> str:
 
 def command(proxy: str, file: Path) -> list[str]:
     if proxy.startswith("nginx"):
-        return ["/usr/sbin/nginx", "-p", str(file.parent), "-c", str(file)]
+        return nginx.command(file)
     if proxy.startswith("HAProxy"):
         return ["/usr/sbin/haproxy", "-db", "-f", str(file)]
     return ["caddy", "run", "--adapter", "caddyfile", "--config", str(file)]
@@ -450,7 +435,7 @@ def documented_nginx(directory: Path, port: int, upstream: int) -> str:
     site = replaced(site, r"listen 443 ssl;", f"listen 127.0.0.1:{port} ssl;")
     site = replaced(site, r"\S+/fullchain\.pem", f"{directory}/tls.pem")
     site = replaced(site, r"\S+/privkey\.pem", f"{directory}/tls.key")
-    return NGINX.format(user=NGINX_USER, directory=directory, sites=site)
+    return nginx.config(directory, site)
 
 
 @pytest.mark.parametrize(
@@ -483,7 +468,7 @@ def test_the_nginx_configuration_in_the_readme_has_no_warning(tmp_path: Path) ->
     (port,) = free_ports(1)
     file = tmp_path / "proxy.conf"
     file.write_text(documented_nginx(tmp_path, port, 3014))
-    asked = ["/usr/sbin/nginx", "-t", "-p", str(tmp_path), "-c", str(file)]
+    asked = nginx.command(file, "-t")
     done = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=False)
     assert done.returncode == 0, done.stderr
     assert "warn" not in done.stderr
