@@ -21,29 +21,31 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 
 from harness import Pair, Receiver, free_ports, payload_id, signal_payload
 
 SEGMENT_BYTES = 20_000
 CONNECTIONS = 6
-GIVE_UP = 60.0  # seconds that a signal may take from its first sending to its 200
+SEED = int(os.environ.get("LIVEAPI_TEST_SEED", str(random.randrange(1 << 32))))
+GIVE_UP = 50.0  # seconds that a signal may take from its first sending to its 200
 
 
 @dataclass
 class Load:
     """Senders that send each signal until it gets a 200, as the Live API's retries would.
 
-    One in seven is encrypted, one in ten is repeated although it was acknowledged.
+    One in eight is encrypted, one in eight is sent a second time although it was acknowledged. If
+    `unreadable`, one in eight can't be read and is set aside.
     """
 
     pair: Pair
     port: int
     connections: int = CONNECTIONS
-    pause: float = 0.0
     size: int = 0  # bytes of ballast in each signal
+    unreadable: bool = False
     sent: set[str] = field(default_factory=set)
     acknowledged: set[str] = field(default_factory=set)
+    set_aside: set[str] = field(default_factory=set)
     answers: Counter[int] = field(default_factory=Counter)
     cut_off: int = 0
     faults: list[str] = field(default_factory=list)
@@ -60,9 +62,7 @@ class Load:
             thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind:
             self.aborting.set()
         self.finish()
@@ -71,7 +71,8 @@ class Load:
         """No new signals; what has been sent is sent until it is answered."""
         self.finishing.set()
         for thread in self.threads:
-            thread.join(GIVE_UP + 30)
+            thread.join(GIVE_UP + 10)
+            assert not thread.is_alive(), "a signal was never answered"
 
     def reach(self, more: int, seconds: float = 20) -> None:
         """Wait until `more` signals have been acknowledged than now."""
@@ -87,16 +88,18 @@ class Load:
             if self.finishing.is_set():
                 return
             payload = signal_payload(sender=number, count=count, ballast="x" * self.size)
-            body, kind = payload, "application/json"
-            if count % 7 == 3:
+            body, kind, done = payload, "application/json", self.acknowledged
+            if count % 8 == 3:
                 body, kind = self.pair.encrypt(payload), "application/jose"
+            elif count % 8 == 5 and self.unreadable:
+                body = payload = b"[" + payload + b"]"
+                done = self.set_aside
             self.sent.add(payload_id(payload))
-            for _ in range(2 if count % 10 == 9 else 1):
+            for _ in range(2 if count % 8 == 7 else 1):
                 connection = self._until_accepted(connection, body, kind)
                 if connection is None:
                     return
-            self.acknowledged.add(payload_id(payload))
-            time.sleep(self.pause)
+                done.add(payload_id(payload))
 
     def _until_accepted(
         self, connection: http.client.HTTPConnection | None, body: bytes, kind: str
@@ -185,8 +188,8 @@ def torn_in_open_segment(signals: Path) -> int:
     return sum(1 for line in lines if not (line.startswith(b'{"rec') and line.endswith(b"}}")))
 
 
-def crash_run(directory: Path, kills: int, seed: int) -> Counts:
-    chance = random.Random(seed)
+def crash_run(directory: Path, kills: int) -> Counts:
+    chance = random.Random(SEED)
     pair = Pair("my-app")
     (port,) = free_ports(1)
     counts = Counts(kills=kills)
@@ -227,10 +230,9 @@ def crash_run(directory: Path, kills: int, seed: int) -> Counts:
 
 def main() -> int:
     kills = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-    seed = int(os.environ.get("LIVEAPI_TEST_SEED", str(random.randrange(1 << 32))))
-    print(f"seed {seed}", flush=True)
+    print(f"seed {SEED}", flush=True)
     with tempfile.TemporaryDirectory(prefix="liveapi-crash-") as directory:
-        counts = crash_run(Path(directory), kills, seed)
+        counts = crash_run(Path(directory), kills)
     print(counts)
     return 0 if counts.good and counts.acknowledged else 1
 

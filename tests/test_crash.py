@@ -6,109 +6,28 @@ otherwise), LIVEAPI_TEST_SEED the moments at which it happens.
 
 from __future__ import annotations
 
-import http.client
-import itertools
 import os
 import random
 import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from crash_run import SEED, Load
 from harness import ACCEPTED, Pair, Receiver, free_ports, payload_id, signal_payload
 from wire import Wire, post_bytes, request_bytes
 
 KILLS = int(os.environ.get("LIVEAPI_TEST_KILLS", "20"))
 TERMS = int(os.environ.get("LIVEAPI_TEST_TERMS", "5"))
-SEED = int(os.environ.get("LIVEAPI_TEST_SEED", str(random.randrange(1 << 32))))
-SENDERS = 8
 
 
-@dataclass
-class Traffic:
-    """Senders that do as the Live API does: a message that got no 200 is sent again.
-
-    One in eight is encrypted, one in eight can't be read and is set aside, and one in eight is
-    sent a second time although it was acknowledged.
-    """
-
-    pair: Pair
-    port: int
-    acknowledged: list[str] = field(default_factory=list)
-    set_aside: list[str] = field(default_factory=list)
-    surprises: list[str] = field(default_factory=list)
-    unanswered: int = 0
-    stopping: threading.Event = field(default_factory=threading.Event)
-    threads: list[threading.Thread] = field(default_factory=list)
-
-    def __enter__(self) -> Traffic:
-        for number in range(SENDERS):
-            thread = threading.Thread(target=self.send, args=(number,), daemon=True)
-            self.threads.append(thread)
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """No new messages; those that are under way are sent until they are answered."""
-        self.stopping.set()
-        for thread in self.threads:
-            thread.join(60)
-            assert not thread.is_alive(), "a message was never answered"
-
-    def send(self, sender: int) -> None:
-        connection: http.client.HTTPConnection | None = None
-        for count in itertools.count():
-            if self.stopping.is_set():
-                return
-            payload = signal_payload(sender=sender, count=count)
-            body, kind, done = payload, "application/json", self.acknowledged
-            if count % 8 == 3:
-                body, kind = self.pair.encrypt(payload), "application/jose"
-            elif count % 8 == 5:
-                body = payload = b"[" + payload + b"]"
-                done = self.set_aside
-            for again in range(2 if count % 8 == 7 else 1):
-                connection = self.until_answered(connection, body, kind)
-                if not again:
-                    done.append(payload_id(payload))
-
-    def until_answered(
-        self, connection: http.client.HTTPConnection | None, body: bytes, kind: str
-    ) -> http.client.HTTPConnection:
-        deadline = time.monotonic() + 50
-        while time.monotonic() < deadline:
-            if connection is None:
-                connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-            try:
-                connection.request("POST", "/live", body, self.pair.headers(body, kind))
-                response = connection.getresponse()
-                text = response.read()
-                if response.status == 200:
-                    return connection
-                if response.status != 503:
-                    self.surprises.append(f"{response.status} {text!r}")
-            except (OSError, http.client.HTTPException):
-                self.unanswered += 1
-                connection.close()
-                connection = None
-                time.sleep(0.02)
-        self.surprises.append("a message was not answered in time")
-        raise AssertionError(self.surprises[-1])
-
-
-def exactly_once(receiver: Receiver, traffic: Traffic) -> None:
+def exactly_once(receiver: Receiver, load: Load) -> None:
     """Every message acknowledged is in its log once, nothing else is, and every line is whole."""
-    assert traffic.surprises == []
-    assert len(set(traffic.acknowledged)) == len(traffic.acknowledged)
-    assert Counter(receiver.ids("my-app")) == Counter(traffic.acknowledged)
-    assert Counter(receiver.ids("my-app.rejected")) == Counter(traffic.set_aside)
+    assert load.faults == []
+    assert Counter(receiver.ids("my-app")) == Counter(load.acknowledged)
+    assert Counter(receiver.ids("my-app.rejected")) == Counter(load.set_aside)
 
 
 @pytest.fixture
@@ -118,34 +37,31 @@ def port() -> Iterator[int]:
 
 def ended_again_and_again(
     start: Callable[..., Receiver], pair: Pair, port: int, times: int, end: Callable[..., None]
-) -> Traffic:
+) -> Load:
     chance = random.Random(SEED)
     print(f"seed {SEED}")
     receiver = start("--segment-bytes", "300000", port=port)
-    with Traffic(pair, port) as traffic:
+    with Load(pair, port, connections=8, unreadable=True) as load:
         for _ in range(times):
-            enough = len(traffic.acknowledged) + 20
-            deadline = time.monotonic() + 10
-            while len(traffic.acknowledged) < enough and time.monotonic() < deadline:
-                time.sleep(0.005)
+            load.reach(20)
             time.sleep(chance.uniform(0, 0.15))
             end(receiver)
             receiver = start("--segment-bytes", "300000", port=port)
-        traffic.stop()
-        exactly_once(receiver, traffic)
-    print(f"{len(traffic.acknowledged)} signals acknowledged, {len(traffic.set_aside)} set aside")
-    print(f"{traffic.unanswered} requests cut off, {len(receiver.segments('my-app'))} segments")
+        load.finish()
+        exactly_once(receiver, load)
+    print(f"{len(load.acknowledged)} signals acknowledged, {len(load.set_aside)} set aside")
+    print(f"{load.cut_off} requests cut off, {len(receiver.segments('my-app'))} segments")
     assert receiver.stop() == 0
-    exactly_once(receiver, traffic)
-    return traffic
+    exactly_once(receiver, load)
+    return load
 
 
 def test_whatever_was_acknowledged_before_a_kill_9_is_in_the_log_exactly_once(
     start: Callable[..., Receiver], pair: Pair, port: int
 ) -> None:
-    traffic = ended_again_and_again(start, pair, port, KILLS, Receiver.kill)
-    assert len(traffic.acknowledged) > KILLS * 10
-    assert traffic.unanswered > 0, "no kill hit anything"
+    load = ended_again_and_again(start, pair, port, KILLS, Receiver.kill)
+    assert len(load.acknowledged) > KILLS * 10
+    assert load.cut_off > 0, "no kill hit anything"
 
 
 def test_whatever_was_acknowledged_before_a_sigterm_is_in_the_log_exactly_once(
@@ -163,16 +79,15 @@ def test_a_kill_leaves_whole_lines_for_the_next_start(
     start: Callable[..., Receiver], pair: Pair, port: int
 ) -> None:
     receiver = start(port=port)
-    with Traffic(pair, port) as traffic:
-        while len(traffic.acknowledged) < 100:
-            time.sleep(0.005)
+    with Load(pair, port, connections=8, unreadable=True) as load:
+        load.reach(100)
         receiver.kill()
-        acknowledged = list(traffic.acknowledged)
+        acknowledged = set(load.acknowledged)
         raw = receiver.raw("my-app")
         again = start(port=port)
         # What a reader saw before the kill, up to its last whole line, is still there.
         assert again.raw("my-app").startswith(raw[: raw.rfind(b"\n") + 1])
-        assert set(acknowledged) <= set(again.ids("my-app"))
+        assert acknowledged <= set(again.ids("my-app"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import os
-import random
 import re
 import resource
 import shutil
@@ -22,9 +21,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from crash_run import Counts, Load, count_log, crash_run
-from harness import ACCEPTED, Answer, Pair, Receiver, eventually, payload_id, run, signal_payload
-from harness import free_ports as ports
+from crash_run import SEED, Counts, Load, count_log, crash_run
+from harness import (
+    ACCEPTED,
+    Answer,
+    Pair,
+    Receiver,
+    eventually,
+    free_ports,
+    payload_id,
+    run,
+    signal_payload,
+)
 from wire import Wire, post_bytes, request_bytes
 
 FULL = os.environ.get("LIVEAPI_FULL") == "1"
@@ -830,9 +838,8 @@ def test_a_start_on_a_large_log_reads_only_as_much_of_its_tail_as_it_needs(
 
 def test_kills_at_random_moments_lose_double_and_tear_nothing(tmp_path: Path) -> None:
     # tests/crash_run.py does the same with hundreds of kills.
-    seed = random.randrange(1 << 32)
-    counts = crash_run(tmp_path, 12, seed)
-    print(f"seed {seed}: {counts}")
+    counts = crash_run(tmp_path, 12)
+    print(f"seed {SEED}: {counts}")
     assert counts.good, counts
     assert counts.stored == counts.acknowledged > 50
     assert counts.segments > 2, "no closing was near"
@@ -841,7 +848,7 @@ def test_kills_at_random_moments_lose_double_and_tear_nothing(tmp_path: Path) ->
 def test_sigterm_under_load_and_a_new_start_lose_nothing(
     start: Callable[..., Receiver], pair: Pair
 ) -> None:
-    (port,) = ports(1)
+    (port,) = free_ports(1)
     receiver = start("--segment-bytes", "20000", port=port)
     with Load(pair, port) as load:
         for _ in range(3):
