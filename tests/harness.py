@@ -10,6 +10,7 @@ import json
 import os
 import re
 import secrets
+import socket
 import ssl
 import subprocess
 import sys
@@ -221,12 +222,15 @@ class Receiver:
     def post_encrypted(self, pair: Pair, payload: bytes) -> Answer:
         return self.post(pair, pair.encrypt(payload), "application/jose")
 
+    def closed_segments(self, stem: str = "my-app") -> list[Path]:
+        """The closed segments of a log, oldest first."""
+        closed = re.compile(re.escape(stem) + r"-\d{8}T\d{6}\.\d{6}Z\.jsonl")
+        return sorted(p for p in self.signals.glob("*.jsonl") if closed.fullmatch(p.name))
+
     def segments(self, stem: str) -> list[Path]:
         """The closed segments of a log, oldest first, then the open one."""
-        closed = re.compile(re.escape(stem) + r"-\d{8}T\d{6}\.\d{6}Z\.jsonl")
-        found = sorted(p for p in self.signals.glob("*.jsonl") if closed.fullmatch(p.name))
         current = self.signals / f"{stem}.jsonl"
-        return [*found, *([current] if current.exists() else [])]
+        return [*self.closed_segments(stem), *([current] if current.exists() else [])]
 
     def raw(self, stem: str) -> bytes:
         return b"".join(path.read_bytes() for path in self.segments(stem))
@@ -280,8 +284,6 @@ def eventually(check: Any, seconds: float = 10, every: float = 0.02) -> Any:
 
 def free_ports(count: int) -> Iterator[int]:
     """Ports that are free now, for programs that can't be asked to pick one."""
-    import socket
-
     held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [sock.getsockname()[1] for sock in held]
     for sock in held:

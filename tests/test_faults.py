@@ -44,7 +44,6 @@ needs_chattr = pytest.mark.skipif(
 )
 LIBFAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))), None)
 needs_faketime = pytest.mark.skipif(LIBFAKETIME is None, reason="needs Debian's libfaketime")
-CLOSED = re.compile(r"my-app-\d{8}T\d{6}\.\d{6}Z\.jsonl")
 
 
 def status(receiver: Receiver) -> int:
@@ -53,10 +52,6 @@ def status(receiver: Receiver) -> int:
 
 def open_segment(receiver: Receiver) -> Path:
     return receiver.signals / "my-app.jsonl"
-
-
-def closed_segments(receiver: Receiver) -> list[Path]:
-    return [path for path in receiver.segments("my-app") if CLOSED.fullmatch(path.name)]
 
 
 def is_unavailable(answer: Answer) -> bool:
@@ -297,7 +292,7 @@ def test_after_a_failed_sync_nothing_more_goes_into_that_file(
         assert was_injected(trace, "fdatasync")
     recovers(receiver)
     assert receiver.post(pair, lost).json == ACCEPTED
-    (closed,) = closed_segments(receiver)
+    (closed,) = receiver.closed_segments()
     assert closed.stat().st_ino == inode
     assert closed.read_bytes() == whole
     assert open_segment(receiver).stat().st_ino != inode
@@ -347,11 +342,11 @@ def test_a_closing_that_fails_is_said_and_the_segment_closes_later(
     recovers(receiver)
     for each in payloads[1:]:
         assert receiver.post(pair, each).json == ACCEPTED
-    eventually(lambda: closed_segments(receiver))
+    eventually(receiver.closed_segments)
     stored = receiver.ids("my-app")
     assert stored == [payload_id(each) for each in payloads]
     assert stored[: len(lines)] == lines
-    before = {path: path.read_bytes() for path in closed_segments(receiver)}
+    before = {path: path.read_bytes() for path in receiver.closed_segments()}
     assert all(each.count(b"\n") >= 2 for each in before.values())
     assert receiver.stop() == 0
     assert {path: path.read_bytes() for path in before} == before
@@ -537,7 +532,7 @@ def test_a_directory_in_which_nothing_may_change_is_503_until_it_may(
     receiver = start("--segment-bytes", "1")
     kept, lost = signal_payload(), signal_payload()
     assert receiver.post(pair, kept).json == ACCEPTED
-    eventually(lambda: closed_segments(receiver))
+    eventually(receiver.closed_segments)
     changed = subprocess.run(
         ["chattr", "+i", receiver.signals], capture_output=True, text=True, check=False
     )
@@ -561,7 +556,7 @@ def test_a_file_system_that_becomes_read_only_is_503_until_it_is_writable(
     receiver = start("--segment-bytes", "1")
     kept, lost = signal_payload(), signal_payload()
     assert receiver.post(pair, kept).json == ACCEPTED
-    eventually(lambda: closed_segments(receiver))
+    eventually(receiver.closed_segments)
     # No file is open for writing now, so the kernel allows it.
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     assert is_unavailable(receiver.post(pair, lost))
@@ -673,10 +668,10 @@ class NeverAgain:
         self.known: dict[str, tuple[int, str]] = {}
 
     def look(self) -> None:
-        for path in closed_segments(self.receiver):
+        for path in self.receiver.closed_segments():
             now = (path.stat().st_ino, hashlib.sha256(path.read_bytes()).hexdigest())
             assert self.known.setdefault(path.name, now) == now, f"{path.name} has changed"
-        assert set(self.known) <= {path.name for path in closed_segments(self.receiver)}
+        assert set(self.known) <= {path.name for path in self.receiver.closed_segments()}
 
 
 @needs_faketime
@@ -717,11 +712,11 @@ def test_midnight_under_load_starts_a_new_segment(
     receiver = start(env=clock.env)
     watch = NeverAgain(receiver)
     with Load(pair, receiver.port, connections=4) as load:
-        eventually(lambda: closed_segments(receiver), seconds=8)
+        eventually(receiver.closed_segments, seconds=8)
         watch.look()
         load.reach(50)
     watch.look()
-    (closed,) = closed_segments(receiver)
+    (closed,) = receiver.closed_segments()
     assert re.search(r"T00000\d\.\d{6}Z", closed.name)
 
     def days(path: Path) -> list[str]:

@@ -30,10 +30,6 @@ def moment(text: str, form: str) -> float:
     return datetime.datetime.strptime(text, form).replace(tzinfo=UTC).timestamp()
 
 
-def closed_segments(receiver: Receiver, stem: str = "my-app") -> list[Path]:
-    return [path for path in receiver.segments(stem) if path.name != f"{stem}.jsonl"]
-
-
 # --- The line ---------------------------------------------------------------------------------
 
 
@@ -112,7 +108,7 @@ def test_files_have_mode_0640_whatever_the_umask(
     for _ in range(5):
         assert receiver.post(pair, signal_payload()).status == 200
         assert receiver.post(pair, b"not json " + signal_payload()).status == 200
-    eventually(lambda: closed_segments(receiver) and closed_segments(receiver, "my-app.rejected"))
+    eventually(lambda: receiver.closed_segments() and receiver.closed_segments("my-app.rejected"))
     receiver.post(pair, signal_payload())
     receiver.post(pair, b"x")
     files = [path for path in receiver.signals.iterdir() if path.suffix == ".jsonl"]
@@ -179,7 +175,7 @@ def test_a_repeat_is_recognised_across_closed_segments_and_a_restart(
     receiver = start("--segment-bytes", "1000")
     for payload in payloads:
         assert receiver.post(pair, payload).json == ACCEPTED
-    eventually(lambda: len(closed_segments(receiver)) >= 5)
+    eventually(lambda: len(receiver.closed_segments()) >= 5)
     for payload in payloads:
         assert receiver.post(pair, payload).json == ACCEPTED
     assert receiver.ids("my-app") == [payload_id(p) for p in payloads]
@@ -196,7 +192,7 @@ def test_a_repeat_is_recognised_when_its_segment_is_the_only_closed_one(
     payload = signal_payload()
     receiver = start("--segment-bytes", "1")
     assert receiver.post(pair, payload).json == ACCEPTED
-    eventually(lambda: closed_segments(receiver))
+    eventually(receiver.closed_segments)
     receiver.kill()
     again = start()
     assert again.post(pair, payload).json == ACCEPTED
@@ -290,7 +286,7 @@ def test_a_name_that_begins_like_another_does_not_share_its_log(
     payload = signal_payload()
     receiver = start("--segment-bytes", "1", pairs=(short, long))
     receiver.post(long, payload)
-    eventually(lambda: closed_segments(receiver, "app-2"))
+    eventually(lambda: receiver.closed_segments("app-2"))
     receiver.kill()
     again = start(pairs=(short, long))
     assert again.post(short, payload).json == ACCEPTED
@@ -311,7 +307,7 @@ def test_a_segment_closes_as_soon_as_it_has_reached_its_size(
     for payload in payloads:
         assert receiver.post(pair, payload).json == ACCEPTED
     longest = max(len(line) for line in receiver.raw("my-app").split(b"\n")) + 1
-    closed = eventually(lambda: closed_segments(receiver))
+    closed = eventually(receiver.closed_segments)
     assert len(closed) >= 5
     for path in closed:
         assert 2000 <= path.stat().st_size < 2000 + longest
@@ -327,7 +323,7 @@ def test_a_segment_that_reached_its_size_closes_without_another_signal(
 ) -> None:
     receiver = start("--segment-bytes", "10")
     assert receiver.post(pair, signal_payload()).json == ACCEPTED
-    eventually(lambda: len(closed_segments(receiver)) == 1, seconds=3)
+    eventually(lambda: len(receiver.closed_segments()) == 1, seconds=3)
     left = receiver.signals / "my-app.jsonl"
     assert not left.exists() or left.stat().st_size == 0
 
@@ -338,7 +334,7 @@ def test_a_closed_segment_never_changes_again(start: Callable[..., Receiver], pa
         receiver.post(pair, signal_payload())
     before = {
         path: (path.read_bytes(), path.stat().st_ino)
-        for path in eventually(lambda: closed_segments(receiver))
+        for path in eventually(receiver.closed_segments)
     }
     for _ in range(10):
         receiver.post(pair, signal_payload())
@@ -355,7 +351,7 @@ def test_segments_of_the_rejected_file_close_by_the_same_rule(
     bodies = [b"no " + signal_payload() for _ in range(10)]
     for body in bodies:
         assert receiver.post(pair, body).status == 200
-    eventually(lambda: len(closed_segments(receiver, "my-app.rejected")) >= 3)
+    eventually(lambda: len(receiver.closed_segments("my-app.rejected")) >= 3)
     assert receiver.ids("my-app.rejected") == [payload_id(b) for b in bodies]
 
 
@@ -385,7 +381,7 @@ def test_a_segment_found_open_from_an_earlier_day_is_closed_at_the_start(
     an_earlier_day(tmp_path / "signals" / "my-app.jsonl", left)
     began = time.time()
     receiver = start()
-    (closed,) = eventually(lambda: closed_segments(receiver))
+    (closed,) = eventually(receiver.closed_segments)
     assert closed.read_bytes() == left
     found = CLOSED.fullmatch(closed.name)
     assert found
@@ -404,7 +400,7 @@ def test_a_segment_of_today_stays_open_across_a_restart(
     assert receiver.stop() == 0
     again = start()
     again.post(pair, signal_payload())
-    assert closed_segments(again) == []
+    assert again.closed_segments() == []
     assert len(again.lines("my-app")) == 2
 
 
@@ -429,7 +425,7 @@ def test_a_segment_closes_at_midnight_utc_without_traffic(
     payload = signal_payload()
     assert receiver.post(pair, payload).json == ACCEPTED
     assert receiver.lines("my-app")[0]["received_at"].startswith("2031-05-06T23:59:5")
-    (closed,) = eventually(lambda: closed_segments(receiver), seconds=12)
+    (closed,) = eventually(receiver.closed_segments, seconds=12)
     assert re.fullmatch(r"my-app-20310507T00000\d\.\d{6}Z\.jsonl", closed.name)
     assert receiver.post(pair, payload).json == ACCEPTED
     assert receiver.post(pair, signal_payload()).json == ACCEPTED
@@ -595,7 +591,7 @@ def test_the_answer_leaves_after_the_sync_of_the_line_that_holds_it(
     payloads = [signal_payload() for _ in range(4)]
     for payload in payloads:
         assert receiver.post(pair, payload).json == ACCEPTED
-    eventually(lambda: len(closed_segments(receiver)) >= 2)
+    eventually(lambda: len(receiver.closed_segments()) >= 2)
     assert receiver.stop() == 0
     eventually(lambda: "+++ exited" in trace.read_text(errors="replace").splitlines()[-1])
     events = trace.read_text(errors="replace").splitlines()
