@@ -419,9 +419,6 @@ class FailAt:
                 raise OSError(errno.EIO, "Input/output error")
 
 
-FAULTS = ("append", "sync", "sync_directory", "rename", "open", "cut")
-
-
 @pytest.mark.parametrize("drops_pages", [True, False], ids=["pages lost", "pages kept"])
 @pytest.mark.parametrize("more", [0, 2], ids=["once", "thrice"])
 @pytest.mark.parametrize("kind", ["append", "sync", "sync_directory", "rename", "open"])

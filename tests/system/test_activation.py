@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
 from harness import PROGRAM, Pair, eventually, free_ports, payload_id, signal_payload
 from machine import request
 
@@ -54,13 +53,7 @@ class Activated:
     def end(self) -> int:
         if self.process.poll() is None:
             self.process.terminate()
-        self.notify.setblocking(False)
         return self.process.wait(15)
-
-
-@pytest.fixture
-def pair() -> Pair:
-    return Pair("my-app")
 
 
 @contextmanager
