@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 from crash_run import SEED, Counts, Load, count_log, crash_run
+from disks import mounted, small_file_system
 from harness import (
     ACCEPTED,
     Answer,
@@ -36,11 +37,10 @@ from harness import (
 from wire import Wire, post_bytes, request_bytes
 
 FULL = os.environ.get("LIVEAPI_FULL") == "1"
-ROOT = os.geteuid() == 0
-needs_root = pytest.mark.skipif(not ROOT, reason="needs root, to mount a file system")
 needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="needs Debian's strace")
 needs_chattr = pytest.mark.skipif(
-    not ROOT or shutil.which("chattr") is None, reason="needs root and chattr (Debian's e2fsprogs)"
+    os.geteuid() != 0 or shutil.which("chattr") is None,
+    reason="needs root and chattr (Debian's e2fsprogs)",
 )
 LIBFAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))), None)
 needs_faketime = pytest.mark.skipif(LIBFAKETIME is None, reason="needs Debian's libfaketime")
@@ -93,24 +93,19 @@ def balance(load: Load, signals: Path) -> Counts:
 # --- A full disk -------------------------------------------------------------------------------
 
 
-@pytest.fixture
+@pytest.fixture(params=["tmpfs", "ext4"])
 def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A file system of a few megabytes where the receiver will look for its signals."""
-    where, image = tmp_path / "signals", tmp_path / "image"
-    where.mkdir()
-    if request.param == "ext4":
-        with image.open("wb") as file:
-            file.truncate(8 << 20)
-        subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
-        command = ["mount", "-o", "loop", str(image), str(where)]
+    """A file system of a few megabytes where the receiver will look for its signals.
+
+    Tests name it before `start`, so that the receiver has ended when it is taken away.
+    """
+    where = tmp_path / "signals"
+    if request.param == "tmpfs":
+        small = mounted(where, "-t", "tmpfs", "-o", "size=2m", "tmpfs")
     else:
-        command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(where)]
-    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount here: {mounted.stderr.strip()}")
-    yield where
-    # Tests name this fixture before `start`, so that the receiver has ended by now.
-    subprocess.run(["umount", "-l", where], check=True)
+        small = small_file_system(request.param, where, megabytes=8)
+    with small:
+        yield where
 
 
 def fill(disk: Path) -> Path:
@@ -123,8 +118,6 @@ def fill(disk: Path) -> Path:
     return ballast
 
 
-@needs_root
-@pytest.mark.parametrize("small_disk", ["tmpfs", "ext4"], indirect=True)
 def test_on_a_full_disk_it_answers_503_and_recovers_by_itself_when_there_is_space(
     small_disk: Path, start: Callable[..., Receiver], pair: Pair
 ) -> None:
@@ -155,8 +148,6 @@ def test_on_a_full_disk_it_answers_503_and_recovers_by_itself_when_there_is_spac
     no_traceback(receiver)
 
 
-@needs_root
-@pytest.mark.parametrize("small_disk", ["tmpfs", "ext4"], indirect=True)
 def test_a_disk_that_fills_up_under_load_loses_and_doubles_nothing(
     small_disk: Path, start: Callable[..., Receiver], pair: Pair
 ) -> None:
@@ -548,8 +539,6 @@ def test_a_directory_in_which_nothing_may_change_is_503_until_it_may(
     assert receiver.ids("my-app") == [payload_id(kept), payload_id(lost)]
 
 
-@needs_root
-@pytest.mark.parametrize("small_disk", ["tmpfs", "ext4"], indirect=True)
 def test_a_file_system_that_becomes_read_only_is_503_until_it_is_writable(
     small_disk: Path, start: Callable[..., Receiver], pair: Pair
 ) -> None:

@@ -32,6 +32,7 @@ from typing import Any
 
 import pytest
 from crash_run import Counts, Load, count_log
+from disks import small_file_system
 from harness import Pair, Receiver, free_ports, payload_id, signal_payload
 
 import liveapi_server
@@ -555,34 +556,14 @@ NO_LOG_FLUSH = 2  # what is in memory only is lost, as when the power goes
 MEGABYTES = {"ext4": 64, "xfs": 320}
 
 
-def why_no_file_system(kind: str) -> str:
-    if os.geteuid() != 0:
-        return "needs root, to mount a file system"
-    if shutil.which(f"mkfs.{kind}") is None:
-        return f"needs mkfs.{kind} (Debian's e2fsprogs, xfsprogs)"
-    return ""
-
-
-@pytest.fixture
+@pytest.fixture(params=MEGABYTES)
 def file_system(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A small file system of its own, mounted where the receiver will look for its signals."""
-    kind = request.param
-    reason = why_no_file_system(kind)
-    if reason:
-        pytest.skip(reason)
-    image, where = tmp_path / "image", tmp_path / "signals"
-    with image.open("wb") as file:
-        file.truncate(MEGABYTES[kind] << 20)
-    where.mkdir()
-    subprocess.run([f"mkfs.{kind}", "-q", image], check=True)
-    mounted = subprocess.run(
-        ["mount", "-o", "loop", image, where], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a loop device here: {mounted.stderr.strip()}")
-    yield where
-    # Tests name this fixture before `start`, so that the receiver has ended by now.
-    subprocess.run(["umount", "-l", where], check=True)
+    """A small file system of its own, mounted where the receiver will look for its signals.
+
+    Tests name it before `start`, so that the receiver has ended when it is taken away.
+    """
+    with small_file_system(request.param, tmp_path / "signals", MEGABYTES[request.param]) as where:
+        yield where
 
 
 def go_down(file_system: Path) -> None:
@@ -591,7 +572,6 @@ def go_down(file_system: Path) -> None:
     os.close(directory)
 
 
-@pytest.mark.parametrize("file_system", ["ext4", "xfs"], indirect=True)
 def test_a_file_system_that_goes_away_under_it_is_a_503(
     file_system: Path, start: Callable[..., Receiver], pair: Pair
 ) -> None:
@@ -606,7 +586,6 @@ def test_a_file_system_that_goes_away_under_it_is_a_503(
     assert receiver.stop() == 0
 
 
-@pytest.mark.parametrize("file_system", ["ext4", "xfs"], indirect=True)
 def test_power_loss_of_a_real_file_system_loses_nothing_that_was_acknowledged(
     file_system: Path, start: Callable[..., Receiver], pair: Pair, tmp_path: Path
 ) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from disks import mounted
 from engines import HAProxy, holders, need, send_each
 from harness import Pair, Receiver, eventually, free_ports, payload_id, signal_payload
 from peers import make_certificate
@@ -197,15 +198,7 @@ def test_a_receiver_whose_disk_is_full_gets_no_signals_until_it_can_store(
 ) -> None:
     fleet.running["a"].stop()
     signals = fleet.directory / "a" / "signals"
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", signals],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if mounted.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
-    try:
+    with mounted(signals, "-t", "tmpfs", "-o", "size=256k", "tmpfs"):
         fleet.start("a")
         balancer, port = balance()
         ballast = signals / ".ballast"
@@ -221,9 +214,6 @@ def test_a_receiver_whose_disk_is_full_gets_no_signals_until_it_can_store(
         ballast.unlink()
         balancer.wait_for("a", "UP", 20)
         assert sent_to("a", fleet, port)
-    finally:
-        fleet.running["a"].kill()
-        subprocess.run(["umount", signals], check=True)
 
 
 def test_a_signal_larger_than_the_balancers_buffer_is_stored(
