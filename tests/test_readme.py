@@ -97,6 +97,15 @@ def fill(receiver: Receiver, pair: Pair) -> None:
     receiver.post(pair, b"not json")
 
 
+def recipe(name: str, directory: Path) -> str:
+    """What a recipe prints, run beside `signals/`."""
+    result = subprocess.run(
+        ["sh", "-c", example(name)], cwd=directory, capture_output=True, text=True, timeout=20
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
 @needs_jq
 def test_the_recipe_that_follows_the_log_shows_signals_as_they_come(
     receiver: Receiver, pair: Pair, tmp_path: Path
@@ -127,11 +136,8 @@ def test_the_recipe_that_counts_by_type_counts_right(
     receiver: Receiver, pair: Pair, tmp_path: Path
 ) -> None:
     fill(receiver, pair)
-    result = subprocess.run(
-        ["sh", "-c", example("jq-count")], cwd=tmp_path, capture_output=True, text=True, timeout=20
-    )
-    assert result.returncode == 0, result.stderr
-    counted = {line.split()[1]: int(line.split()[0]) for line in result.stdout.splitlines()}
+    lines = [line.split() for line in recipe("jq-count", tmp_path).splitlines()]
+    counted = {kind: int(count) for count, kind in lines}
     assert counted == {
         "re.notifica.event.notification.Open": 3,
         "re.notifica.event.application.Open": 1,
@@ -143,13 +149,6 @@ def test_the_recipe_for_what_was_set_aside_shows_why_and_what(
     receiver: Receiver, pair: Pair, tmp_path: Path
 ) -> None:
     fill(receiver, pair)
-    result = subprocess.run(
-        ["sh", "-c", example("jq-rejected")],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=20,
-    )
-    assert result.returncode == 0, result.stderr
-    assert receiver.lines("my-app.rejected")[0]["reason"] in result.stdout
-    assert "not json" in result.stdout
+    shown = recipe("jq-rejected", tmp_path)
+    assert receiver.lines("my-app.rejected")[0]["reason"] in shown
+    assert "not json" in shown
