@@ -34,16 +34,14 @@ from harness import (
     run,
     signal_payload,
 )
+from tools import LIBFAKETIME, needs_faketime, needs_strace
 from wire import Wire, post_bytes, request_bytes
 
 FULL = os.environ.get("LIVEAPI_FULL") == "1"
-needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="needs Debian's strace")
 needs_chattr = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("chattr") is None,
     reason="needs root and chattr (Debian's e2fsprogs)",
 )
-LIBFAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))), None)
-needs_faketime = pytest.mark.skipif(LIBFAKETIME is None, reason="needs Debian's libfaketime")
 
 
 def status(receiver: Receiver) -> int:

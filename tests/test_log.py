@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import stat
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 from harness import ACCEPTED, Pair, Receiver, eventually, payload_id, run, signal_payload
 from peers import at_once, body_of
+from tools import LIBFAKETIME, needs_faketime, needs_strace
 
 LINE = re.compile(
     rb'\{"received_at":"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z)",'
@@ -404,19 +404,13 @@ def test_a_segment_of_today_stays_open_across_a_restart(
     assert len(again.lines("my-app")) == 2
 
 
-def library(name: str) -> Path | None:
-    return next(iter(sorted(Path("/usr/lib").glob(f"*/faketime/{name}"))), None)
-
-
-@pytest.mark.skipif(
-    library("libfaketimeMT.so.1") is None, reason="needs Debian's libfaketime to turn the clock"
-)
+@needs_faketime
 def test_a_segment_closes_at_midnight_utc_without_traffic(
     start: Callable[..., Receiver], pair: Pair
 ) -> None:
     receiver = start(
         env={
-            "LD_PRELOAD": str(library("libfaketimeMT.so.1")),
+            "LD_PRELOAD": str(LIBFAKETIME),
             "FAKETIME": "@2031-05-06 23:59:56",
             "FAKETIME_DONT_FAKE_MONOTONIC": "1",
             "TZ": "UTC",
@@ -565,7 +559,7 @@ def test_servers_on_different_directories_do_not_meet(
 # --- Order on the way to disk -----------------------------------------------------------------
 
 
-@pytest.mark.skipif(shutil.which("strace") is None, reason="needs Debian's strace")
+@needs_strace
 def test_the_answer_leaves_after_the_sync_of_the_line_that_holds_it(
     start: Callable[..., Receiver], tmp_path: Path, pair: Pair
 ) -> None:

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import random
-import shutil
 import signal
 import struct
 import subprocess
@@ -34,6 +33,7 @@ import pytest
 from crash_run import Counts, Load, count_log
 from disks import small_file_system
 from harness import Pair, Receiver, free_ports, payload_id, signal_payload
+from tools import needs_strace
 
 import liveapi_server
 from liveapi_server import Answer, SignalLog, Store
@@ -622,11 +622,10 @@ def ids(path: Path) -> list[str]:
     return [json.loads(line)["id"] for line in path.read_bytes().split(b"\n")[:-1]]
 
 
+@needs_strace
 def test_the_directory_made_for_the_signals_is_itself_on_disk_before_the_first_200(
     tmp_path: Path, pair: Pair
 ) -> None:
-    if shutil.which("strace") is None:
-        pytest.skip("needs Debian's strace")
     trace = tmp_path / "trace"
     receiver = Receiver(
         tmp_path,
