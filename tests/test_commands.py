@@ -584,7 +584,7 @@ def test_it_says_what_to_install_where_cryptography_is_missing(tmp_path: Path) -
     assert "cryptography" in one_clear_line(result)
 
 
-def test_the_script_metadata_and_the_project_ask_for_the_same(tmp_path: Path) -> None:
+def test_the_script_metadata_and_the_project_ask_for_the_same() -> None:
     import tomllib
 
     block = re.search(

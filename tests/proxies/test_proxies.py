@@ -300,10 +300,6 @@ PROXIES = [
 ]
 
 
-def signed(pair: Pair, body: bytes, kind: str = "application/json") -> dict[str, str]:
-    return pair.headers(body, kind)
-
-
 @pytest.mark.parametrize("proxy", PROXIES)
 def test_verify_and_signals_work_through_the_proxy_for_every_client(
     behind: Callable[..., Site], proxy: str
@@ -321,15 +317,15 @@ def test_verify_and_signals_work_through_the_proxy_for_every_client(
             for size in (10, 100_000):
                 body = signal_payload(text="x" * size)
                 sent.append(payload_id(body))
-                status, text = client(site, "/live", signed(site.pair, body), body, chunked)
+                status, text = client(site, "/live", site.pair.headers(body), body, chunked)
                 assert (status, json.loads(text)) == (200, ACCEPTED), (name, chunked, size)
         body = signal_payload()
         sent.append(payload_id(body))
         jwe = site.pair.encrypt(body)
-        headers = signed(site.pair, jwe, "application/jose")
+        headers = site.pair.headers(jwe, "application/jose")
         status, text = client(site, "/live", headers, jwe, False)
         assert (status, json.loads(text)) == (200, ACCEPTED), name
-        wrong = {**signed(site.pair, body), "x-notificare-signature": site.pair.sign(b"x")}
+        wrong = {**site.pair.headers(body), "x-notificare-signature": site.pair.sign(b"x")}
         status, text = client(site, "/live", wrong, body, False)
         assert (status, json.loads(text)) == (400, {"error": "invalid signature"}), name
     assert site.receiver.ids(site.pair.name) == sent
@@ -349,9 +345,9 @@ def test_the_proxy_keeps_its_connection_to_the_receiver(
     with httpx.Client(verify=ssl.create_default_context(cafile=site.cafile)) as client:
         for _ in range(50):
             body = signal_payload()
-            answer = client.post(site.url + "/live", content=body, headers=signed(site.pair, body))
+            answer = client.post(site.url + "/live", content=body, headers=site.pair.headers(body))
             assert answer.json() == ACCEPTED
-            wrong = signed(site.pair, b"x")
+            wrong = site.pair.headers(b"x")
             assert client.post(site.url + "/live", content=body, headers=wrong).status_code == 400
             assert client.get(site.url + "/nowhere").status_code == 404
     assert len(site.tap.seen) - before <= 2, "a refused signal costs no connection either"
@@ -366,7 +362,7 @@ def test_refusals_come_through_the_proxy_as_they_are(
     limit = body[: 1024 * 1024 + 1]
     trust = ssl.create_default_context(cafile=site.cafile)
     with httpx.Client(verify=trust) as client:
-        headers = signed(site.pair, limit)
+        headers = site.pair.headers(limit)
         assert client.post(site.url + "/live", content=limit, headers=headers).status_code == 413
         answer = client.request("DELETE", site.url + "/live")
         assert answer.status_code == 405
@@ -388,7 +384,7 @@ def test_many_clients_at_once_each_signal_stored_once(
         trust = ssl.create_default_context(cafile=site.cafile)
         with httpx.Client(verify=trust, timeout=30) as client:
             for body in mine:
-                headers = signed(site.pair, body)
+                headers = site.pair.headers(body)
                 answer = client.post(site.url + "/live", content=body, headers=headers)
                 if answer.status_code != 200:
                     failed.append(answer)
@@ -456,7 +452,7 @@ def test_the_configuration_in_the_readme_works(
     with httpx.Client(verify=ssl.create_default_context(cafile=site.cafile)) as client:
         for _ in range(20):
             body = signal_payload()
-            answer = client.post(site.url + "/live", content=body, headers=signed(site.pair, body))
+            answer = client.post(site.url + "/live", content=body, headers=site.pair.headers(body))
             assert answer.json() == ACCEPTED
     assert len(site.tap.seen) - before <= 2
     assert b" HTTP/1.0\r\n" not in site.tap.bytes
