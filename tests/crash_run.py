@@ -179,6 +179,17 @@ def count_log(signals: Path, load: Load, counts: Counts) -> None:
     counts.segments = len(log_files(signals))
 
 
+def balance(load: Load, signals: Path) -> Counts:
+    """Every signal of a load is acknowledged and stored, once."""
+    counts = Counts()
+    count_log(signals, load, counts)
+    assert load.faults == []
+    assert load.sent == load.acknowledged
+    assert counts.good, counts
+    assert counts.stored == counts.acknowledged > 0
+    return counts
+
+
 def torn_in_open_segment(signals: Path) -> int:
     """Whether a line of the open segment is torn; while it grows its last one may be on its way."""
     try:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from crash_run import SEED, Counts, Load, count_log, crash_run
+from crash_run import SEED, Load, balance, crash_run
 from disks import mounted, small_file_system
 from harness import (
     ACCEPTED,
@@ -75,17 +75,6 @@ def complaints(receiver: Receiver) -> list[str]:
 
 def no_traceback(receiver: Receiver) -> None:
     assert not [line for line in receiver.log if "Traceback" in line or "defect" in line]
-
-
-def balance(load: Load, signals: Path) -> Counts:
-    """Every signal of a load is acknowledged and stored, once."""
-    counts = Counts()
-    count_log(signals, load, counts)
-    assert load.faults == []
-    assert load.sent == load.acknowledged
-    assert counts.good, counts
-    assert counts.stored == counts.acknowledged > 0
-    return counts
 
 
 # --- A full disk -------------------------------------------------------------------------------
