@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.x509.oid import NameOID
-from harness import ACCEPTED, Pair, Receiver
+from harness import ACCEPTED, Pair, Receiver, payload_id
 
 
 def content_key(pair: Pair) -> bytes:
@@ -223,6 +223,12 @@ def at_once(count: int, act: Callable[[int], Any], within: float = 60) -> list[A
         if isinstance(result, Exception):
             raise result
     return results
+
+
+def stored_line(payload: bytes, received_at: str = "2031-05-06T12:00:00.000001Z") -> bytes:
+    """A whole line of the log of my-app, as an earlier run left it."""
+    head = f'{{"received_at":"{received_at}","instance":"my-app","id":"{payload_id(payload)}"'
+    return head.encode() + b',"signal":' + payload + b"}\n"
 
 
 def stored_text(receiver: Receiver, stem: str, wanted: str) -> bytes:

@@ -34,6 +34,7 @@ from harness import (
     run,
     signal_payload,
 )
+from peers import stored_line
 from tools import LIBFAKETIME, needs_faketime, needs_strace
 from wire import Wire, post_bytes, request_bytes
 
@@ -710,13 +711,6 @@ def test_midnight_under_load_starts_a_new_segment(
 # --- The start ---------------------------------------------------------------------------------
 
 
-def stored(payload: bytes) -> bytes:
-    return (
-        b'{"received_at":"2031-05-06T12:00:00.000001Z","instance":"my-app","id":"%s","signal":%s}\n'
-        % (payload_id(payload).encode(), payload)
-    )
-
-
 @pytest.mark.parametrize(
     "corrupt",
     [
@@ -725,14 +719,17 @@ def stored(payload: bytes) -> bytes:
         pytest.param(b"\xff\xfe not JSON at all", id="no text"),
         pytest.param(b"[" * 100_000, id="deeply nested"),
         pytest.param(b"", id="an empty line"),
-        pytest.param(stored(signal_payload())[:-1].replace(b"My", b"\x00y"), id="a flipped bit"),
+        pytest.param(
+            stored_line(signal_payload())[:-1].replace(b"My", b"\x00y"), id="a flipped bit"
+        ),
     ],
 )
 def test_a_corrupt_line_in_the_middle_is_kept_and_reported_and_does_no_harm(
     start: Callable[..., Receiver], tmp_path: Path, pair: Pair, corrupt: bytes
 ) -> None:
     payloads = [signal_payload() for _ in range(4)]
-    log = b"".join([stored(payloads[0]), stored(payloads[1]), corrupt, b"\n", stored(payloads[2])])
+    first, second, last = map(stored_line, payloads[:3])
+    log = first + second + corrupt + b"\n" + last
     path = tmp_path / "signals" / "my-app.jsonl"
     path.parent.mkdir()
     path.write_bytes(log)
@@ -752,8 +749,8 @@ def test_a_torn_tail_is_reported_with_its_size(
 ) -> None:
     path = tmp_path / "signals" / "my-app.jsonl"
     path.parent.mkdir()
-    whole = stored(signal_payload())
-    path.write_bytes(whole + stored(signal_payload())[:77])
+    whole = stored_line(signal_payload())
+    path.write_bytes(whole + stored_line(signal_payload())[:77])
     receiver = start()
     receiver.wait_for_log(r"my-app\.jsonl.*\b77 bytes", 2)
     assert path.read_bytes() == whole
@@ -763,14 +760,14 @@ def test_a_torn_tail_is_reported_with_its_size(
 def write_large_log(path: Path, size: int) -> bytes:
     """Valid lines up to `size` bytes; the last 100,000 differ from each other. The last signal."""
     path.parent.mkdir()
-    block = b"".join(stored(signal_payload(text="x" * 60)) for _ in range(20_000))
+    block = b"".join(stored_line(signal_payload(text="x" * 60)) for _ in range(20_000))
     with path.open("wb") as file:
         while file.tell() < size:
             file.write(block)
         payload = b""
         for _ in range(100_000):
             payload = signal_payload(text="x" * 60)
-            file.write(stored(payload))
+            file.write(stored_line(payload))
         file.flush()
         os.fsync(file.fileno())
         # What was just written is in memory; a start after a boot finds it on disk.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from harness import ACCEPTED, Pair, Receiver, eventually, payload_id, run, signal_payload
-from peers import at_once, body_of
+from peers import at_once, body_of, stored_line
 from tools import LIBFAKETIME, needs_faketime, needs_strace
 
 LINE = re.compile(
@@ -363,21 +363,12 @@ def an_earlier_day(path: Path, lines: bytes) -> None:
     os.utime(path, (then, then))
 
 
-def stored_now(payload: bytes, days_ago: int = 0) -> bytes:
-    """A whole line, as an earlier run left it."""
-    day = datetime.datetime.now(UTC) - datetime.timedelta(days=days_ago)
-    return b'{"received_at":"%s","instance":"my-app","id":"%s","signal":%s}\n' % (
-        day.strftime("%Y-%m-%dT%H:%M:%S.%fZ").encode(),
-        payload_id(payload).encode(),
-        payload,
-    )
-
-
 def test_a_segment_found_open_from_an_earlier_day_is_closed_at_the_start(
     start: Callable[..., Receiver], tmp_path: Path, pair: Pair
 ) -> None:
     payload, fresh = signal_payload(), signal_payload()
-    left = stored_now(payload, days_ago=1)
+    yesterday = datetime.datetime.now(UTC) - datetime.timedelta(days=1)
+    left = stored_line(payload, f"{yesterday:%Y-%m-%dT%H:%M:%S.%fZ}")
     an_earlier_day(tmp_path / "signals" / "my-app.jsonl", left)
     began = time.time()
     receiver = start()
@@ -463,7 +454,7 @@ TAILS = {
 def test_a_torn_tail_is_cut_back_to_the_last_whole_line_at_the_start(
     start: Callable[..., Receiver], tmp_path: Path, pair: Pair, case: str
 ) -> None:
-    whole = stored_now(signal_payload())
+    whole = stored_line(signal_payload())
     stems = ("my-app", "my-app.rejected")
     paths = [tmp_path / "signals" / f"{stem}.jsonl" for stem in stems]
     (tmp_path / "signals").mkdir()
