@@ -10,6 +10,7 @@ import ipaddress
 import json
 import re
 import ssl
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.x509.oid import NameOID
-from harness import ACCEPTED, Pair, Receiver, payload_id
+from harness import ACCEPTED, Pair, Receiver, payload_id, run
 
 
 def content_key(pair: Pair) -> bytes:
@@ -223,6 +224,14 @@ def at_once(count: int, act: Callable[[int], Any], within: float = 60) -> list[A
         if isinstance(result, Exception):
             raise result
     return results
+
+
+def second_receiver(
+    receiver: Receiver, signals: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """What becomes of another one that is started on the same directory, by this name of it."""
+    where = str(signals or receiver.signals)
+    return run("--keys", str(receiver.keys), "--signals", where, "--port", "0", within=10)
 
 
 def stored_line(payload: bytes, received_at: str = "2031-05-06T12:00:00.000001Z") -> bytes:

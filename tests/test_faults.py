@@ -31,10 +31,9 @@ from harness import (
     eventually,
     free_ports,
     payload_id,
-    run,
     signal_payload,
 )
-from peers import stored_line
+from peers import second_receiver, stored_line
 from tools import LIBFAKETIME, needs_faketime, needs_strace
 from wire import Wire, post_bytes, request_bytes
 
@@ -580,11 +579,6 @@ def test_a_directory_put_in_the_old_ones_place_is_used_from_the_next_signal_on_a
 
 
 # --- Two receivers -----------------------------------------------------------------------------
-
-
-def second_receiver(receiver: Receiver) -> subprocess.CompletedProcess[str]:
-    keys, signals = str(receiver.keys), str(receiver.signals)
-    return run("--keys", keys, "--signals", signals, "--port", "0", within=10)
 
 
 def test_a_receiver_that_is_stopped_with_sigstop_still_holds_its_directory(

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import ACCEPTED, Pair, Receiver, eventually, payload_id, run, signal_payload
-from peers import at_once, body_of, stored_line
+from harness import ACCEPTED, Pair, Receiver, eventually, payload_id, signal_payload
+from peers import at_once, body_of, second_receiver, stored_line
 from tools import LIBFAKETIME, needs_faketime, needs_strace
 
 LINE = re.compile(
@@ -497,11 +497,6 @@ def test_the_signal_whose_line_was_torn_is_stored_when_it_comes_again(
 # --- One server to a directory ----------------------------------------------------------------
 
 
-def second(receiver: Receiver, signals: Path) -> tuple[int, str]:
-    result = run("--keys", str(receiver.keys), "--signals", str(signals), "--port", "0", within=20)
-    return result.returncode, result.stderr
-
-
 def test_a_second_server_on_the_same_directory_exits_with_status_2(
     receiver: Receiver, pair: Pair, tmp_path: Path
 ) -> None:
@@ -510,10 +505,10 @@ def test_a_second_server_on_the_same_directory_exits_with_status_2(
     alias = tmp_path / "alias"
     alias.symlink_to(receiver.signals)
     for way in (receiver.signals, alias):
-        status, stderr = second(receiver, way)
-        assert status == 2, stderr
-        assert len(stderr.strip().splitlines()) == 1, stderr
-        assert way.name in stderr
+        second = second_receiver(receiver, way)
+        assert second.returncode == 2, second.stderr
+        assert len(second.stderr.strip().splitlines()) == 1, second.stderr
+        assert way.name in second.stderr
     assert receiver.post(pair, signal_payload()).json == ACCEPTED
     assert len(receiver.lines("my-app")) == 2
 
@@ -526,7 +521,7 @@ def test_a_second_server_leaves_a_line_that_is_being_written_alone(
     path = receiver.signals / "my-app.jsonl"
     with path.open("ab") as file:
         file.write(b'{"half')
-    assert second(receiver, receiver.signals)[0] == 2
+    assert second_receiver(receiver).returncode == 2
     assert path.read_bytes().endswith(b'{"half')
 
 
