@@ -25,7 +25,6 @@ from pathlib import Path
 from harness import Pair, Receiver, free_ports, payload_id, signal_payload
 
 SEGMENT_BYTES = 20_000
-CONNECTIONS = 6
 SEED = int(os.environ.get("LIVEAPI_TEST_SEED", str(random.randrange(1 << 32))))
 GIVE_UP = 50.0  # seconds that a signal may take from its first sending to its 200
 
@@ -40,7 +39,7 @@ class Load:
 
     pair: Pair
     port: int
-    connections: int = CONNECTIONS
+    connections: int = 6
     size: int = 0  # bytes of ballast in each signal
     unreadable: bool = False
     sent: set[str] = field(default_factory=set)

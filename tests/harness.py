@@ -117,10 +117,8 @@ class Receiver:
         directory: Path,
         *options: str,
         pairs: tuple[Pair, ...] = (),
-        python: str = sys.executable,
         env: dict[str, str] | None = None,
         wrapper: tuple[str, ...] = (),
-        ready_within: float = 20,
         port: int = 0,
     ) -> None:
         self.directory = directory
@@ -129,7 +127,7 @@ class Receiver:
         for pair in pairs:
             pair.write(self.keys)
         self.log: list[str] = []
-        self.command = [*wrapper, python, str(PROGRAM), "--keys", str(self.keys)]
+        self.command = [*wrapper, sys.executable, str(PROGRAM), "--keys", str(self.keys)]
         self.command += ["--signals", str(self.signals), "--port", str(port), *options]
         self.process = subprocess.Popen(
             self.command,
@@ -141,7 +139,7 @@ class Receiver:
         )
         self._changed = threading.Condition()
         threading.Thread(target=self._read_log, daemon=True).start()
-        line = self.wait_for_log(r"https?://\S+", ready_within)
+        line = self.wait_for_log(r"https?://\S+", 20)
         found = re.search(r"(https?://[^\s,;]+)", line)
         assert found
         self.url = found[1].rstrip(".")
@@ -258,11 +256,12 @@ class Receiver:
         self.process.wait(10)
 
 
-def run(*arguments: str, cwd: Path | None = None, within: float = 60, python: str = sys.executable,
-        env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:  # fmt: skip
+def run(
+    *arguments: str, cwd: Path | None = None, within: float = 60, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run the program to its end; for starts that should fail, and for check and demo."""
     return subprocess.run(
-        [python, str(PROGRAM), *arguments],
+        [sys.executable, str(PROGRAM), *arguments],
         cwd=cwd or tempfile.gettempdir(),
         env={**os.environ, **(env or {})},
         capture_output=True,
