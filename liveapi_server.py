@@ -1786,194 +1786,135 @@ CONSOLE_PAGE = r"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Live API receiver</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style>
-:root { color-scheme: light dark; --page: #f3f5f8; --card: #fff; --ink: #17202b; --soft: #566273;
-  --line: #dfe4ea; --blue: #0a63c2; --good: #14804e; --bad: #c0262d; --warn: #945600; --dot: 45% }
-@media (prefers-color-scheme: dark) { :root { --page: #0e1217; --card: #161c24; --ink: #e4e9f0;
-  --soft: #98a5b5; --line: #29323d; --blue: #6db3ff; --good: #4cc38a; --bad: #ff8080;
-  --warn: #f0b35b; --dot: 65% } }
-* { box-sizing: border-box; margin: 0; font: inherit; color: inherit }
-body { background: var(--page); color: var(--ink); font: 15px/1.45 system-ui, sans-serif }
-header, .bar, dialog div { display: flex; flex-wrap: wrap; gap: .2rem .8rem; align-items: center }
-header { padding: .8rem 1.25rem } #about { margin-left: auto }
-header, dialog div { background: var(--card); border-bottom: 1px solid var(--line) }
+:root { color-scheme: light dark; --line: light-dark(#dde2e8, #353a42) }
+* { margin: 0; font: inherit }
+body { display: grid; grid-template-columns: 22rem minmax(0, 1fr); gap: .6rem 2.5rem;
+  padding: 1rem 1.5rem; background: Canvas; font: 15px/1.5 system-ui, sans-serif;
+  font-variant-numeric: tabular-nums; overflow-wrap: anywhere }
+header, .bar, h2 { display: flex; flex-wrap: wrap; gap: .2rem .8rem; align-items: center }
+header, td[colspan] { grid-column: 1 / -1; white-space: normal }
 h1, h2, h3, summary, #state, td button { font-weight: 600 }
-#state { color: var(--warn) } #state.ok { color: var(--good) }
-#state.bad, .bad { color: var(--bad) }
-#state::before, td:nth-child(2)::before { content: ""; display: inline-block; width: .6em;
-  height: .6em; margin-right: .55em; border-radius: 50%; background: currentColor }
-#about, h2 span, summary span, dt, th, td:first-child, #shown { color: var(--soft) }
-main { display: grid; gap: 1rem; padding: 1rem 1.25rem; align-items: start }
-main, aside { grid-template-columns: minmax(0, 1fr) }
-aside { display: grid; gap: 1rem; font-size: 14px }
-aside > *, table, dialog, button, input { background: var(--card); border: 1px solid var(--line);
-  border-radius: .5rem }
-aside > * { padding: .7rem .9rem }
-h2 span, summary span { float: right; font-weight: 400 }
-svg { display: block; width: 100%; height: 4.5rem; border-bottom: 1px solid var(--line) }
-path { fill: var(--blue) }
-h3 { margin-top: .7rem; padding-top: .6rem; border-top: 1px solid var(--line) }
-dl { display: grid; grid-template-columns: minmax(7.6rem, auto) minmax(0, 1fr); column-gap: .9rem }
-dd, td { font-variant-numeric: tabular-nums } dd, h2, h3, #about, pre { overflow-wrap: anywhere }
-button, input { padding: .4rem .8rem } button, summary, td { cursor: pointer }
-button[aria-pressed=true] { background: var(--line); font-weight: 600 }
-#types { margin: .5rem -.4rem 0 }
-#types button { display: flex; width: 100%; padding: .1rem .4rem; border: 0 }
-#types span:first-child { flex: 1; overflow: hidden; text-overflow: ellipsis; text-align: left }
-.bar { position: sticky; top: 0; padding: .6rem 0; margin-top: -.6rem; background: var(--page) }
-input { flex: 1; min-width: 0 } #shown { padding: .6rem 0 }
-:focus-visible { outline: 2px solid var(--blue) }
-table { width: 100%; table-layout: fixed; border-spacing: 0 }
-th, td { padding: .34rem .9rem; text-align: left; overflow: hidden; text-overflow: ellipsis;
-  white-space: nowrap; unicode-bidi: isolate }
-th:first-child { width: 8.4rem } th:last-child { width: 20% }
-td { border-top: 1px solid var(--line) } tr:hover td { background: var(--page) }
-td:nth-child(2)::before { background: hsl(var(--hue) 60% var(--dot)) }
-td button { border: 0; padding: 0; background: none } td[colspan] { color: var(--warn) }
-dialog { width: 60rem; max-width: calc(100% - 1.5rem); max-height: calc(100% - 1.5rem);
-  padding: 0; margin: auto }
-dialog::backdrop { background: rgb(0 0 0 / .5) } dialog h2 { flex: 1 }
-dialog div { position: sticky; top: 0; padding: .8rem 1rem }
-pre { padding: 1rem; font: 13px/1.55 ui-monospace, monospace; white-space: pre-wrap }
-pre b { color: var(--blue) } .unseen { position: absolute; clip-path: inset(50%) }
-@media (min-width: 62rem) {
-  main { grid-template-columns: 21rem minmax(0, 1fr) }
-  aside { position: sticky; top: 1rem; max-height: calc(100vh - 2rem); overflow: auto;
-    scrollbar-width: thin }
-}
-@media (max-width: 40rem) {  /* a phone: each row on two lines */
-  header, main { padding-inline: .75rem } main, aside { gap: .6rem } #about { margin-left: 0 }
-  svg { height: 2.4rem } thead { display: none }
-  tr { display: grid; grid: auto auto / minmax(0, 1fr) auto; padding: .3rem 0;
-    border-top: 1px solid var(--line) }
-  td { border: 0; order: 1; padding-block: .05rem } td:nth-child(2) { order: 0 }
-  td:first-child, td:last-child { text-align: right } td[colspan] { grid-column: 1 / 3 }
+#about, #rate { margin-left: auto; font-weight: 400 }
+#about, #rate, dt, th, td:first-child, #shown { color: light-dark(#5a6573, #9aa5b3) }
+.ok { color: light-dark(#14804e, #4cc38a) } .bad { color: light-dark(#c0262d, #ff8080) }
+aside > *, tr { padding: .4rem 0; border-bottom: 1px solid var(--line) }
+svg { width: 100%; height: 4rem; fill: light-dark(#0a63c2, #6db3ff) }
+h3 { margin-top: .6rem; &:has(+ dl:empty) { display: none } }
+dl { display: grid; grid-template-columns: 9rem 1fr }
+button, input { padding: .35rem .8rem; border: 1px solid var(--line); border-radius: .3rem;
+  background: none; color: inherit }
+button, summary, td { cursor: pointer }
+td button, #types button { padding: 0; border: 0; max-width: 100% }
+#types button { display: flex; justify-content: space-between; gap: 1rem; width: 100% }
+[aria-pressed=true] { background: var(--line) }
+.bar { position: sticky; top: 0; padding: .5rem 0; background: Canvas }
+#filter, #title { flex: 1; min-width: 0 }
+table, thead, tbody { display: block }
+tr { display: grid; grid-template-columns: 7rem repeat(3, 1fr); gap: 0 1rem; text-align: left }
+td, td button, #types span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
+#said { position: absolute; clip-path: inset(50%) }
+dialog { width: 60rem; margin: auto; padding: 0 1rem 1rem; border: 1px solid var(--line);
+  &::backdrop { background: rgb(0 0 0 / .5) } }
+pre { font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap }
+@media (width < 50rem) {  /* one column, and each row on two lines */
+  body { grid-template-columns: minmax(0, 1fr); padding: .75rem }
+  tr { grid-template-columns: 1fr fit-content(50%) }
+  tr > :nth-child(2) { order: -1 }
+  tr > :first-child:not([colspan]), tr > :nth-child(4) { text-align: right }
 }
 </style>
-<header><h1>Live API receiver</h1><p id="state" role="status">Connecting</p>
-  <p id="about"></p></header>
-<main><aside aria-label="Overview">
-  <section><h2>Last 5 minutes <span id="rate"></span></h2>
-    <svg viewBox="0 0 60 10" preserveAspectRatio="none" aria-hidden="true"><path id="bars"/></svg>
-  </section>
-  <details><summary>Instances <span id="stored"></span></summary>
-    <div id="instances"></div></details>
-  <details><summary>Types <span>seen here</span></summary><div id="types"></div></details></aside>
-<section aria-label="Signals"><div class="bar">
-    <input id="filter" type="search" accesskey="f" aria-label="Filter by any text"
-      placeholder="Filter by any text" autocomplete="off" spellcheck="false">
-    <button id="pause" accesskey="p" aria-pressed="false">Pause</button></div>
-  <table><caption class="unseen">Signals, newest first</caption><thead><tr><th>Time<th>Type
-    <th>User or device<th>Instance</thead><tbody id="rows"></tbody></table>
-  <p id="shown">No signal yet</p><p id="said" class="unseen" role="status"></p></section></main>
-<dialog id="detail" aria-labelledby="title"><div><h2 id="title"></h2><button id="copy">Copy</button>
-  <button id="close">Close</button></div><pre id="whole" tabindex="0"></pre></dialog>
+<header><h1>Live API receiver</h1><output id="state">Connecting</output><p id="about"></p></header>
+<aside aria-label="Overview"><h2>Last 5 minutes <span id="rate"></span></h2>
+  <svg viewBox="0 0 60 10" preserveAspectRatio="none" aria-hidden="true"><path id="bars"/></svg>
+  <details><summary>Instances</summary><div id="instances"></div></details>
+  <details><summary>Types seen here</summary><div id="types"></div></details></aside>
+<main><div class="bar"><input id="filter" type="search" placeholder="Filter by any text"
+    aria-label="Filter by any text" accesskey="f" autocomplete="off" spellcheck="false">
+    <button id="pause" accesskey="p">Pause</button></div>
+  <table aria-label="Signals, newest first"><thead><tr><th>Time<th>Type<th>User or device
+    <th>Instance</thead><tbody id="rows"></tbody></table>
+  <p id="shown"></p><p id="said" role="status"></p></main>
+<dialog id="detail" closedby="any" aria-labelledby="title"><form class="bar" method="dialog">
+  <h2 id="title"></h2><button id="close">Close</button></form><pre id="whole" tabindex="0"></pre>
+</dialog>
 <script>
 'use strict';  // A signal is text that strangers write: it enters this page as text, never as HTML.
-const MEMORY = 10000, CHARACTERS = 64e6, ROWS = 200, BARS = 60, BAR_MS = 5000;
+const MEMORY = 10000, CHARACTERS = 1e8, TYPES = 200, ROWS = 200, BARS = 60, BAR_MS = 5000;
+const kept = new Map(), types = new Map(), bars = new Map();
+let latest = 0, drawn = 0, announced = 0, pausedAt = Infinity;  // signals, by their numbers
+let characters = 0, frame = 0, stream, ahead = 0;  // ahead: the receiver's clock, in ms
+
 const $ = id => document.getElementById(id), count = n => n.toLocaleString();
-function el(tag, set, ...inside) {
-  const made = Object.assign(document.createElement(tag), set);
+const add = (counts, name) => counts.set(name, (counts.get(name) || 0) + 1);
+function el(tag, properties, ...inside) {
+  const made = Object.assign(document.createElement(tag), properties);
   made.append(...inside);
   return made;
 }
-const clock = new Intl.DateTimeFormat([], { hour: '2-digit', minute: '2-digit', second: '2-digit',
-  fractionalSecondDigits: 3, hourCycle: 'h23' });
 // What cannot be seen (control and direction characters) is shown as the escapes JSON has for it.
 const unseen = /(?![\u200c\u200d])[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]/gu;
 const escape = unit => '\\u' + unit.charCodeAt().toString(16).padStart(4, '0');
 const plain = text => text.replace(unseen, found => found.split('').map(escape).join(''));
-const brief = value => value == null ? ''
-  : plain((typeof value == 'string' ? value : JSON.stringify(value)).slice(0, 200));
+const brief = value => typeof value == 'object' ? '' : plain(String(value ?? '').slice(0, 200));
 
-const kept = [], seen = new Set(), types = new Map(), bars = new Map();
-let characters = 0, latest = 0, drawn = 0, waiting = 0;  // numbers of the newest, and newest drawn
-let words = [], pausedAt = Infinity, connected = false, unsaid = 0, ahead = 0;
-
-function keep(entry) {  // the newest ones, in bounded memory; drawn soon, many at a time
-  kept.push({ ...entry, number: ++latest });
-  characters += entry.line.length;
-  while (kept.length > MEMORY || characters > CHARACTERS) {
-    const old = kept.shift();
-    characters -= old.line.length;
-    seen.delete(old.key);
-  }
-  waiting ||= setTimeout(() => requestAnimationFrame(draw), 80);
-}
-function take(event) {
-  const line = event.data, { received_at, instance, id, signal } = JSON.parse(line);
+function take({ data: line }) {
+  const { received_at, instance, id, signal } = JSON.parse(line);
   const key = received_at + instance + id;  // a new connection may bring a line again
-  if (seen.has(key)) return;
-  seen.add(key);
+  if (kept.has(key)) return;
   const data = Object(signal.data), when = new Date(received_at), full = brief(signal.type);
+  const time = when.toTimeString().slice(0, 8) + received_at.slice(19, 23);
   const type = full.replace('re.notifica.event.', '') || '(no type)';
   const who = brief(data.userID) || (data.deviceID ? 'device ' + brief(data.deviceID) : '');
-  keep({ line, key, when, instance, full, type, who, time: clock.format(when) });
-  const slot = types.has(type) || types.size < 200 ? type : '(other types)';
-  const bar = Math.floor(when / BAR_MS);
-  types.set(slot, (types.get(slot) || 0) + 1);
-  bars.set(bar, (bars.get(bar) || 0) + 1);
-  unsaid++;
+  const read = line.replace(/\\(?:u(....)|(["\\/]))/g,  // what is escaped can be typed as it reads
+    (_, code, character) => character || String.fromCharCode('0x' + code));
+  const text = [line, read, time].join(' ').toLowerCase();
+  keep(key, { line, text, when, time, full, type, who, instance });
+  add(types, types.has(type) || types.size < TYPES ? type : '(other types)');
+  add(bars, Math.floor(when / BAR_MS));
 }
-function matches(entry) {
-  let text = entry.line + ' ' + entry.time;
-  if (words.length && text.includes('\\')) {  // what is escaped can also be typed as it reads
-    try { text += JSON.stringify(JSON.parse(entry.line)); } catch { }  // if not nested too deep
+function keep(key, entry) {  // the newest ones, in bounded memory; drawn soon, many at a time
+  kept.set(key, { ...entry, number: ++latest });
+  characters += entry.text.length;
+  for (const [key, old] of kept) {
+    if (kept.size <= MEMORY && characters <= CHARACTERS) break;
+    kept.delete(key);
+    characters -= old.text.length;
   }
-  text = words.length && text.toLowerCase();
-  return words.every(word => text.includes(word));
+  frame ||= requestAnimationFrame(draw);
 }
 function row(entry) {
-  if (entry.gap) return el('tr', {}, el('td', { colSpan: 4, textContent: entry.gap }));
-  const made = el('tr', { entry }, el('td', { textContent: entry.time, title: entry.when }),
-    el('td', {}, el('button', { textContent: entry.type, title: entry.full })),
-    el('td', { textContent: entry.who, title: entry.who }),
-    el('td', { textContent: entry.instance }));
-  const family = [...entry.type.split('.')[0]];  // each has a colour: the known ones lie well apart
-  const hue = family.reduce((sum, c) => (sum * 115 + c.codePointAt()) % 360, 7);
-  made.style.setProperty('--hue', hue);
-  return made;
+  if (entry.gap) return el('tr', {}, el('td', { colSpan: 4, className: 'bad' }, entry.gap));
+  return el('tr', { entry }, el('td', { title: entry.when }, entry.time),
+    el('td', {}, el('button', { title: entry.full }, entry.type)),
+    el('td', { title: entry.who }, entry.who), el('td', {}, entry.instance));
 }
 function draw() {  // the new ones on top, and never more than ROWS: thousands do not make it slow
-  const fresh = [], rows = $('rows');
-  for (let i = kept.length; i-- && kept[i].number > drawn && fresh.length < ROWS;)
-    if (kept[i].number <= pausedAt && matches(kept[i])) fresh.push(row(kept[i]));
-  rows.prepend(...fresh);
+  const rows = $('rows'), paused = pausedAt < Infinity;
+  const words = $('filter').value.toLowerCase().split(/\s+/).filter(Boolean);
+  const fresh = [...kept.values()].filter(({ number, text }) => number > drawn
+    && number <= pausedAt && words.every(word => text.includes(word)));
+  rows.prepend(...fresh.slice(-ROWS).reverse().map(row));
   while (rows.rows.length > ROWS) rows.lastChild.remove();
-  waiting = 0;
+  frame = 0;
   drawn = Math.min(latest, pausedAt);
-  $('pause').textContent = pausedAt < Infinity ? `Resume (${count(latest - drawn)} new)` : 'Pause';
-  $('shown').textContent = `${rows.rows.length} shown of the last ${count(kept.length)} signals`;
-}
-function redraw() {
-  words = $('filter').value.toLowerCase().split(/\s+/).filter(Boolean);
-  $('rows').replaceChildren();
-  drawn = 0;
-  draw();
+  $('pause').ariaPressed = paused;
+  $('pause').textContent = paused ? `Resume (${count(latest - drawn)} new)` : 'Pause';
+  $('shown').textContent = `${rows.rows.length} shown of the last ${count(kept.size)} signals`;
   overview();
-}
-function pretty(line) {  // laid out, but no token is changed: 1e400 and 0.10 stay as they were sent
-  let depth = 0;
-  const next = step => '\n' + '  '.repeat(Math.min(depth += step, 40));
-  const tokens = /("[^"\\]*(?:\\.[^"\\]*)*")|\s+|[[{]\s*[\]}]|[[{}\],:]/g;
-  return line.replace(tokens, (token, string) => string ? plain(string)
-    : token == '{' || token == '[' ? token + next(1)
-    : token == '}' || token == ']' ? next(-1) + token
-    : token == ',' ? ',' + next(0) : token == ':' ? ': ' : token.trim());
 }
 function overview() {  // the rate and the types
   const first = Math.floor((Date.now() + ahead) / BAR_MS) - BARS + 1;
   for (const bar of bars.keys()) if (bar < first) bars.delete(bar);
   const heights = Array.from({ length: BARS }, (_, i) => bars.get(first + i) || 0);
   const most = Math.max(...heights, 1), sum = heights.reduce((a, b) => a + b);
-  const drawing = heights.map((n, i) => `M${i} 10v${-9.5 * n / most}h.8V10z`).join('');
-  $('bars').setAttribute('d', drawing);
+  $('bars').setAttribute('d', heights.map((n, i) => `M${i} 10v${-10 * n / most}h.8V10z`).join(''));
   $('rate').textContent = `${count(sum)} signals, peak ${count(most * 1000 / BAR_MS)}/s`;
   [...types].sort((a, b) => b[1] - a[1]).forEach(([type, n], i) => {
     const button = $('types').children[i]  // kept, so that the keyboard's focus stays
       || $('types').appendChild(el('button', {}, el('span'), el('span')));
     button.firstChild.textContent = button.title = type;
     button.lastChild.textContent = count(n);
-    button.setAttribute('aria-pressed', $('filter').value == type);
+    button.ariaPressed = $('filter').value == type;
   });
 }
 function ago(time) {
@@ -1982,85 +1923,83 @@ function ago(time) {
     : seconds < 3600 ? `${Math.floor(seconds / 60)} min ago` : new Date(time).toLocaleString();
 }
 function report(status) {
-  const refusals = reasons => Object.entries(reasons).map(([why, n]) => [why, n, 'bad']);
-  const cards = status.instances.map(it => [it.instance, [['Verified', ago(it.verified_at)],
-    ['Last signal', ago(it.last_signal_at)], ['Stored', it.stored], ['Repeated', it.repeated],
-    ['Set aside', it.set_aside, it.set_aside ? 'bad' : ''], ...refusals(it.refused),
-    ['Segment', `${it.segment}, ${count(Math.ceil(it.segment_bytes / 1024))} KiB`]]]);
-  const others = refusals(status.refused);
-  if (others.length) cards.push(['Refused, of no instance', others]);
-  $('instances').replaceChildren(...cards.flatMap(([name, facts]) => [
-    el('h3', { textContent: name }),
-    el('dl', {}, ...facts.flatMap(([label, value, className = '']) => [
-      el('dt', { textContent: label, className }),
-      el('dd', { textContent: value.toLocaleString(), className })]))]));
-  const stored = status.instances.reduce((sum, it) => sum + it.stored, 0);
-  $('stored').textContent = count(stored) + ' stored';
+  const list = (className, facts) => el('dl', { className }, ...Object.entries(facts).flatMap(
+    ([label, value]) => [el('dt', {}, label), el('dd', {}, value.toLocaleString())]));
+  const instance = it => [el('h3', {}, it.instance), list('', { Verified: ago(it.verified_at),
+    'Last signal': ago(it.last_signal_at), Stored: it.stored, Repeated: it.repeated,
+    'Set aside': it.set_aside,
+    Segment: `${it.segment}, ${count(Math.ceil(it.segment_bytes / 1024))} KiB`,
+  }), list('bad', it.refused)];
+  $('instances').replaceChildren(...status.instances.flatMap(instance),
+    el('h3', {}, 'Refused, of no instance'), list('bad', status.refused));
   $('about').textContent = `${status.endpoint}, version ${status.version}, since `
     + new Date(status.started_at).toLocaleString();
 }
 async function look() {
-  if (document.hidden) return;
-  let status;
+  let state = 'No connection, trying again';
   try {
     const answer = await fetch('/status', { signal: AbortSignal.timeout(5000) });
-    ahead = Date.parse(answer.headers.get('date')) - Date.now() || 0;  // the receiver's clock
-    report(status = await answer.json());
-  } catch { }  // the next line says so
-  const [name, text] = !status || !connected ? ['', 'No connection, trying again']
-    : status.status == 'ok' ? ['ok', 'Receiving'] : ['bad', 'Signals cannot be stored'];
-  $('state').className = name;
-  if ($('state').textContent != text) $('state').textContent = text;
-  document.title = (name == 'ok' ? '' : '(!) ') + 'Live API receiver';
-  overview();
+    const status = await answer.json();
+    ahead = Date.parse(answer.headers.get('date')) - Date.now() || 0;
+    report(status);
+    if (stream.readyState == EventSource.OPEN) state = 'Receiving';
+    if (status.status != 'ok') state = 'Signals cannot be stored';
+  } catch { }  // the state says so
+  if ($('state').textContent != state) $('state').textContent = state;
+  $('state').className = state == 'Receiving' ? 'ok' : 'bad';
+  document.title = (state == 'Receiving' ? '' : '(!) ') + 'Live API receiver';
+  if (stream.readyState == EventSource.CLOSED) connect();
+  draw();
 }
 function connect() {  // the browser comes back by itself with Last-Event-ID, unless it is refused
-  const stream = new EventSource('/signals');
-  stream.onopen = () => { connected = true; look(); };
-  stream.onerror = () => {
-    connected = false;
-    look();
-    if (stream.readyState == EventSource.CLOSED) setTimeout(connect, 2000);
-  };
+  stream = new EventSource('/signals');
+  stream.onopen = look;
   stream.onmessage = take;
-  stream.addEventListener('skipped', event => keep({ line: '', gap:
+  stream.addEventListener('skipped', event => keep(latest, { text: '', gap:
     `${count(JSON.parse(event.data).skipped)} signals skipped: this page was too slow for them` }));
 }
-$('filter').oninput = redraw;
-$('types').onclick = event => {
-  const type = event.target.closest('button')?.title;
-  if (type) $('filter').value = $('filter').value == type ? '' : type, redraw();
-};
-$('pause').onclick = () => {
-  pausedAt = pausedAt < Infinity ? Infinity : drawn;
-  $('pause').setAttribute('aria-pressed', pausedAt < Infinity);
-  draw();
-};
+function pretty(line) {  // laid out, but no token is changed: 1e400 and 0.10 stay as they were sent
+  let depth = 0;
+  const next = step => '\n' + '  '.repeat(Math.min(depth += step, 40));
+  const tokens = /("[^"\\]*(?:\\.[^"\\]*)*")|[[{]\s*[\]}]|([[{])|([\]}])|[,:]|\s+/g;
+  return line.replace(tokens, (token, string, open, close) => string ? plain(string)
+    : open ? open + next(1) : close ? next(-1) + close
+    : token == ',' ? token + next(0) : token == ':' ? ': ' : token.trim());
+}
 $('rows').onclick = event => {
-  const entry = event.target.closest('tr').entry;
+  const { entry } = event.target.closest('tr');
   if (!entry) return;
-  const pieces = pretty(entry.line).split(/^( *"[^"\\]*(?:\\.[^"\\]*)*")(?=: )/m);
-  $('whole').replaceChildren(...pieces.length > 5000 ? [pieces.join('')]
-    : pieces.map((piece, i) => i % 2 ? el('b', { textContent: piece }) : piece));
   $('title').textContent = entry.full || entry.type;
-  $('copy').onclick = () => navigator.clipboard.writeText(entry.line);
+  $('whole').textContent = pretty(entry.line);
   $('detail').showModal();
 };
 $('rows').onkeydown = event => {  // the arrows go from row to row
-  const go = { ArrowDown: 'nextSibling', ArrowUp: 'previousSibling' }[event.key];
-  const button = go && event.target.closest('tr')[go]?.querySelector('button');
-  if (button) button.focus(), event.preventDefault();
+  const { nextSibling, previousSibling } = event.target.closest('tr');
+  const to = { ArrowDown: nextSibling, ArrowUp: previousSibling }[event.key];
+  if (to) event.preventDefault();
+  to?.querySelector('button')?.focus();
 };
-$('close').onclick = () => $('detail').close();
-$('detail').onclick = event => { if (event.target == $('detail')) $('detail').close(); };
-for (const part of document.querySelectorAll('details')) part.open = innerWidth > 640;
-document.onvisibilitychange = look;
+$('filter').oninput = () => {
+  $('rows').replaceChildren();
+  drawn = 0;
+  draw();
+};
+$('types').onclick = event => {
+  const type = event.target.closest('button')?.title;
+  $('filter').value = type == $('filter').value ? '' : type || '';
+  $('filter').oninput();
+};
+$('pause').onclick = () => {
+  pausedAt = pausedAt < Infinity ? Infinity : drawn;
+  draw();
+};
+for (const each of document.querySelectorAll('details')) each.open = innerWidth >= 800;
+connect();
 setInterval(look, 2000);
 setInterval(() => {  // a screen reader is told now and then, not of each signal
-  if (unsaid && pausedAt == Infinity) $('said').textContent = `${count(unsaid)} new signals`;
-  unsaid = 0;
+  if (drawn > announced) $('said').textContent = `${count(drawn - announced)} new signals`;
+  announced = drawn;
 }, 15000);
-connect();
 </script>
 """
 
