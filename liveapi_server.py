@@ -191,6 +191,9 @@ class Refusal(Exception):
         self.reason = reason
 
 
+FRAMING_FIELDS = b"host transfer-encoding content-length connection expect".split()
+
+
 @dataclass(slots=True)
 class Head:
     """The head of a request: its request line and fields, and how its body is framed."""
@@ -212,11 +215,8 @@ def parse_head(head: bytes) -> Head:
     start = head.index(b"\r\n") + 2
     method, path, query, minor = parse_request_line(head[: start - 2])
     fields = parse_fields(head[start:-2])
-    framing = map(fields.get, (b"host", b"transfer-encoding", b"content-length", b"expect"))
-    length, continues = parse_framing(minor, *framing)
-    options = fields.get(b"connection", b"").lower().translate(None, b" \t").split(b",")
-    close = b"close" in options or (minor == b"0" and b"keep-alive" not in options)
-    return Head(method, path, query, fields, length, close, continues)
+    framing = parse_framing(minor, *map(fields.get, FRAMING_FIELDS))
+    return Head(method, path, query, fields, *framing)
 
 
 @functools.lru_cache(maxsize=32)
@@ -270,9 +270,10 @@ def parse_framing(
     host: bytes | None,
     coding: bytes | None,
     length: bytes | None,
+    connection: bytes | None,
     expect: bytes | None,
-) -> tuple[int | None, bool]:
-    """The body's length in bytes (None: chunked), and whether "100 Continue" is waited for."""
+) -> tuple[int | None, bool, bool]:
+    """What is said of the body and what follows it: Head's length, close and continues."""
     if host is None and minor != b"0":  # RFC 9112 section 3.2
         raise Refusal(400, "missing Host field")
     if host is not None and not HOST.fullmatch(host):
@@ -287,7 +288,9 @@ def parse_framing(
         expect = None
     if expect is not None and expect.lower() != b"100-continue":
         raise Refusal(417, "unknown expectation")
-    return None if coding else int(length or 0), expect is not None
+    options = (connection or b"").lower().translate(None, b" \t").split(b",")
+    close = b"close" in options or (minor == b"0" and b"keep-alive" not in options)
+    return None if coding else int(length or 0), close, expect is not None
 
 
 class RequestParser:
@@ -739,15 +742,16 @@ class Disk:
         os.ftruncate(fd, size)
 
     def begin_sync(self, fd: int, offset: int, length: int) -> None:
-        """Have what was written on its way to the disk, without waiting (posix_fadvise(2))."""
-        os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
+        """Have what was written on its way to the disk, without waiting: a hint."""
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
 
     def sync(self, fd: int) -> None:
         os.fdatasync(fd)
 
     def forget(self, fd: int) -> None:
-        """Have the next read come from the disk, not from memory (posix_fadvise(2))."""
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        """Have the next read come from the disk, not from memory: what is synced is dropped."""
+        self.begin_sync(fd, 0, 0)
 
     def sync_directory(self) -> None:
         self.hold()
