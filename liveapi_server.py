@@ -693,6 +693,7 @@ class Disk:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.prefix = f"{directory}/"  # joining paths by pathlib takes as long as the call itself
         self.held = -1
         self.hold()
 
@@ -711,13 +712,13 @@ class Disk:
         return os.listdir(self.directory)
 
     def open_to_read(self, name: str) -> int:
-        return os.open(self.directory / name, os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(self.prefix + name, os.O_RDONLY | os.O_CLOEXEC)
 
     def open(self, name: str) -> int:
         """Open a file to read and append; made with mode 0640, whatever the umask, if missing."""
         self.hold()
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
-        fd = os.open(self.directory / name, flags, 0o640)
+        fd = os.open(self.prefix + name, flags, 0o640)
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise OSError(errno.EINVAL, "not a regular file", name)
@@ -728,7 +729,7 @@ class Disk:
         return fd
 
     def stat(self, file: str | int) -> os.stat_result:
-        return os.stat(self.directory / file if isinstance(file, str) else file)
+        return os.stat(self.prefix + file if isinstance(file, str) else file)
 
     def read(self, fd: int, offset: int, length: int) -> bytes:
         return os.pread(fd, length, offset)
@@ -758,14 +759,14 @@ class Disk:
         os.fsync(self.held)
 
     def rename(self, old: str, new: str) -> None:
-        os.rename(self.directory / old, self.directory / new)
+        os.rename(self.prefix + old, self.prefix + new)
 
     def close(self, fd: int) -> None:
         os.close(fd)
 
     def probe(self, size: int) -> None:
         """See whether `size` bytes can be stored now, without touching a segment."""
-        path = self.directory / ".probe"
+        path = self.prefix + ".probe"
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
         try:
             self.append(fd, bytes(size))
@@ -883,7 +884,8 @@ class SignalLog:
             return
         self.size += self.written
         self._recover()
-        self._close_if_over()
+        if self.size >= self.store.segment_bytes:
+            self._close_if_over()
 
     def settle(self, seconds: float) -> None:
         """Tell those who wait what has become of the batch, `seconds` after it was taken."""
