@@ -1514,7 +1514,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _judge(self, head: Head) -> None:
         """Refuse what can be refused by its head, before the body is waited for."""
-        if head.path == b"*":
+        if head.path == b"*" and head.method == "OPTIONS":
             return
         endpoint = head.path == self.server.path
         if not endpoint and head.path != b"/status" and head.method != "CONNECT":

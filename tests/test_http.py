@@ -354,6 +354,7 @@ ACCEPTED = [
          get(line=b"!#$%&'*+-.^_`|~9 /status HTTP/1.1"), (405,)),
     Case("9110 §9.3.8", "TRACE", get(line=b"TRACE /status HTTP/1.1"), (405,)),
     Case("9110 §9.3.6", "CONNECT", get(line=b"CONNECT a:80 HTTP/1.1"), (405,)),
+    Case("9110 §9.3.6", "CONNECT to a star", get(line=b"CONNECT * HTTP/1.1"), (405,)),
     Case("9110 §7.8", "an upgrade that is not offered",
          get(b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAMAAABk"),
          (200,)),
