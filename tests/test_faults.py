@@ -13,6 +13,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -344,10 +345,14 @@ def test_while_the_disk_hangs_status_says_so_and_a_stop_takes_less_than_10_secon
 
     # Two at once, for both take their time: one is watched, one is stopped.
     with contextlib.ExitStack() as faults:
+        notices = faults.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        notices.bind(str(tmp_path / "notify"))
+        notices.settimeout(5)
+        manager = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "2000000"}
         receivers = []
         for name in ("watched", "stopped"):
             (tmp_path / name).mkdir()
-            receiver = start(directory=tmp_path / name)
+            receiver = start(directory=tmp_path / name, env=manager if name == "watched" else None)
             assert receiver.post(pair, kept).json == ACCEPTED
             hang = "fdatasync:delay_enter=40000000"
             faults.enter_context(injected(receiver, tmp_path / f"{name}.trace", hang))
@@ -366,6 +371,9 @@ def test_while_the_disk_hangs_status_says_so_and_a_stop_takes_less_than_10_secon
         eventually(lambda: status(watched) == 503, seconds=6, every=0.25)
         assert watched.post(pair, kept).json == ACCEPTED
         assert answered == []
+        says_so = b"STATUS=CANNOT STORE SIGNALS"
+        eventually(lambda: notices.recv(1000).startswith(says_so), seconds=5, every=0)
+        assert all(notices.recv(1000).startswith(says_so) for _ in range(3)), "no WATCHDOG=1"
         watched.process.kill()
     assert stopped.process.wait(5) == 0
     assert payload_id(kept) in stopped.ids("my-app")
