@@ -913,7 +913,11 @@ class SignalLog:
     def _cut(self) -> None:
         if self.disk.stat(self.fd).st_size > self.size:  # never make a file longer
             self.disk.cut(self.fd, self.size)
-        self.disk.sync(self.fd)  # else a power loss could bring the lines back
+        try:
+            self.disk.sync(self.fd)  # else a power loss could bring the lines back
+        except OSError:
+            self.unsound = True
+            raise
         self.cut_due = False
 
     def _recover(self) -> None:
@@ -1118,14 +1122,21 @@ class Store:
         self.storing = threading.Lock()
         self.committing = False
         self.busy_since = 0.0  # monotonic; 0: no batch is on its way
-        self.failed = threading.Event()  # a batch has; tend() clears it
+        self.untended = threading.Event()  # a batch has failed, or time's work is left to be done
 
     def open(self, stem: str) -> SignalLog:
         """The log of that name, opened unless it is open; OSError."""
         if stem not in self.logs:
             new = SignalLog(self, stem)
-            with self.storing:
+            if not self.storing.acquire(timeout=STALL_SECONDS / 2):
+                raise OSError(errno.EBUSY, "the disk does not answer")
+            try:
                 new.start()
+            except OSError:
+                new.let_go()
+                raise
+            finally:
+                self.storing.release()
             self.logs = {**self.logs, stem: new}  # others may be looking through the old one
         return self.logs[stem]
 
@@ -1158,12 +1169,12 @@ class Store:
                     each.begin_sync()
                 for each in logs:
                     each.sync()
-                self.busy_since = 0.0
+                self.busy_since, seconds = 0.0, time.monotonic() - started
                 with self.turn:
                     for each in logs:
-                        each.settle(time.monotonic() - started)
+                        each.settle(seconds)
             if any(each.failure for each in logs):
-                self.failed.set()
+                self.untended.set()
 
     @property
     def can_store(self) -> bool:
@@ -1172,14 +1183,16 @@ class Store:
         return not stalled and not any(each.failure for each in self.logs.values())
 
     def tend(self) -> None:
-        """Do what time asks for, unless the disk is busy."""
-        self.failed.clear()
-        if self.storing.acquire(timeout=1.0):
-            try:
-                for each in list(self.logs.values()):
-                    each.tend()
-            finally:
-                self.storing.release()
+        """Do what time asks for; while the disk is busy it stays to be done."""
+        self.untended.clear()
+        if not self.storing.acquire(timeout=1.0):
+            self.untended.set()
+            return
+        try:
+            for each in self.logs.values():
+                each.tend()
+        finally:
+            self.storing.release()
 
     def close(self) -> None:
         for each in self.logs.values():
@@ -2492,7 +2505,7 @@ def tend(store: Store, figures: Figures) -> None:
         now = now_utc()
         midnight = (now + timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
         wait = min((midnight - now).total_seconds(), watchdog or NEVER)
-        store.failed.wait(wait if working else 1.0)
+        store.untended.wait(wait if working else 1.0)
 
 
 def reload(receiver: Receiver) -> None:
@@ -2545,22 +2558,21 @@ class LiveAPI:
     """
 
     def __init__(self, url: str, instance: Instance, *, insecure: bool = False) -> None:
-        parts = urlsplit(url)
         try:
-            port = parts.port
-        except ValueError:
-            port = -1
-        if parts.scheme not in ("http", "https") or not parts.hostname or port == -1:
-            raise OperatorError(f"{url} is no endpoint: give it as https://HOST/live")
+            parts = urlsplit(url)
+            host, port = parts.hostname or "", parts.port
+            host.encode("idna")
+            if parts.scheme not in ("http", "https") or not re.fullmatch("[!-~]+", url) or not host:
+                raise ValueError
+            self.connection = http.client.HTTPConnection(host, port, timeout=10)
+        except (ValueError, http.client.InvalidURL):
+            raise OperatorError(f"{url!r} is no endpoint: give it as https://HOST/live") from None
+        if parts.scheme == "https":
+            context = ssl._create_unverified_context() if insecure else ssl.create_default_context()
+            self.connection = http.client.HTTPSConnection(host, port, timeout=10, context=context)
         self.path, self.query = parts.path or "/", parts.query
         self.instance = instance
         self.failed = 0
-        self.connection = http.client.HTTPConnection(parts.hostname, port, timeout=10)
-        if parts.scheme == "https":
-            context = ssl._create_unverified_context() if insecure else ssl.create_default_context()
-            self.connection = http.client.HTTPSConnection(
-                parts.hostname, port, timeout=10, context=context
-            )
 
     def verify(self, what: str) -> bool:
         challenge = secrets.token_urlsafe(24) + " +/="
@@ -2624,12 +2636,12 @@ def check(url: str, keys: Path, name: str | None, *, insecure: bool) -> int:
     """Play the Live API's side against an endpoint; the exit status."""
     setup_logging()
     instances = {each.name: each for each in load_instances(keys).values()}
-    if name and name not in instances:
+    if name is not None and name not in instances:
         raise OperatorError(
             f"no instance {name} in {keys}: there is {', '.join(sorted(instances))}"
         )
     failed = 0
-    for who in [name] if name else sorted(instances):
+    for who in sorted(instances) if name is None else [name]:
         api = LiveAPI(url, instances[who], insecure=insecure)
         first, second = (make_signal("custom.liveapi_check") for _ in range(2))
         signature, stranger = instances[who].sign(first), secrets.token_hex(32).encode()
@@ -2697,7 +2709,7 @@ def _play_demo(
     print(f"\n{len(acknowledged)} signals acknowledged, {len(missing)} of them not in the log once")
     print(f"the log: {path}", flush=True)
     if console:
-        print(f"the console: {urls[1]}\nsignals keep coming; end it with Ctrl-C\n", flush=True)
+        print(f"the console: {urls[-1]}\nsignals keep coming; end it with Ctrl-C\n", flush=True)
         while process.poll() is None:
             kind = secrets.choice(DOCUMENTED_TYPES)
             api.post(kind, make_signal(kind), encrypted=secrets.randbelow(5) == 0)

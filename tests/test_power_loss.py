@@ -539,6 +539,46 @@ def test_a_segment_that_someone_cut_is_mended_before_it_closes_at_midnight() -> 
     assert len(disk.log_lines()) == 1
 
 
+def test_what_time_asks_for_is_not_forgotten_while_the_disk_is_busy() -> None:
+    disk, clock = PaperDisk(), Clock()
+    disk.now = clock
+    sender = begin(disk)
+    sender.send(signals(1))
+    clock.turn(days=1)
+    with sender.store.storing:
+        sender.store.tend()
+    assert disk.log_files() == ["my-app.jsonl"]
+    assert sender.store.untended.is_set()
+    sender.store.tend()
+    assert len(disk.log_files()) == 2
+    assert not sender.store.untended.is_set()
+
+
+def test_after_a_sync_that_failed_while_it_cut_nothing_more_goes_into_that_file() -> None:
+    disk = PaperDisk()
+    sender = begin(disk)
+    disk.before = lambda call: fail_at(call, "append", "sync")
+    sender.send(signals(1))
+    assert sender.acknowledged == set()
+    disk.before = lambda call: None
+    sender.log.tend()
+    sender.send([*sender.sent.values()])
+    assert sender.acknowledged == set(sender.sent)
+    assert len(disk.log_files()) == 2
+
+
+def test_a_log_that_cannot_be_opened_leaves_no_file_open() -> None:
+    disk = PaperDisk()
+    begin(disk, segment_bytes=1).send(signals(1))
+    left = disk.crashed()
+    store = Store(left, window=10, segment_bytes=1, clock=left.now)
+    syncs = itertools.count()
+    left.before = lambda call: fail_at(call, "sync" if next(syncs) > 1 else "")
+    with pytest.raises(OSError, match="Input/output error"):
+        store.open(STEM)
+    assert left.files == {}
+
+
 def fail_at(call: str, *at: str) -> None:
     if call in at:
         raise OSError(errno.EIO, "Input/output error")
