@@ -1412,7 +1412,8 @@ class Handler(BaseHTTPRequestHandler):
                 yield READ
             except ssl.SSLWantWriteError:
                 yield WRITE
-        self.deadline = time.monotonic() + self.server.settings.timeout
+        if not self.server.stopping:  # else its grace has been set
+            self.deadline = time.monotonic() + self.server.settings.timeout
 
     def _serve_request(self) -> Life:
         """Receive a request, do what it asks for, and answer it."""
@@ -1432,9 +1433,9 @@ class Handler(BaseHTTPRequestHandler):
             self.requestline = f"{asked.method} {asked.path.decode()}" if asked else "-"
             self.log_request(answer.status, len(answer.body))
         yield from self._send(answer.render(close=self.close_connection, with_body=not no_body))
-        self.since = now
-        if not parser.begun:
-            self.deadline = now + settings.keepalive
+        self.since = now = time.monotonic()
+        self.deadline = now + (settings.timeout if parser.begun else settings.keepalive)
+        self.close_connection |= self.server.stopping and not parser.begun
 
     def _find_answer(self) -> Generator[int, Answer | None, Answer]:
         """Receive a request; what it is answered with, be it a refusal or that its time is up."""

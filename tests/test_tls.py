@@ -123,6 +123,28 @@ def test_a_client_that_leaves_during_the_handshake_harms_nobody(
     assert not [line for line in secure.log if "Traceback" in line]
 
 
+def test_a_handshake_that_ends_after_the_stop_has_begun_does_not_hold_it_up(
+    secure: Receiver, certificate: Certificate
+) -> None:
+    received, to_send = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = certificate.context().wrap_bio(received, to_send, server_hostname="localhost")
+    with socket.create_connection(("127.0.0.1", secure.port), 10) as connection:
+        with pytest.raises(ssl.SSLWantReadError):
+            client.do_handshake()
+        connection.sendall(to_send.read())
+        while True:
+            received.write(connection.recv(65536))
+            with suppress(ssl.SSLWantReadError):
+                client.do_handshake()
+                break
+        secure.signal(signal.SIGTERM)
+        eventually(lambda: "stopping on SIGTERM" in "\n".join(secure.log))
+        connection.sendall(to_send.read())  # the end of the handshake, and then no request
+        began = time.monotonic()
+        assert secure.process.wait(10) == 0
+        assert time.monotonic() - began < 3
+
+
 def limited(version: ssl.TLSVersion) -> ssl.SSLContext:
     """A client that speaks this version and no other, however old."""
     context = ssl._create_unverified_context()
