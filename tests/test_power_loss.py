@@ -32,7 +32,7 @@ from typing import Any
 import pytest
 from crash_run import Load, balance
 from disks import small_file_system
-from harness import Pair, Receiver, free_ports, payload_id, signal_payload
+from harness import Pair, Receiver, eventually, free_ports, payload_id, signal_payload
 from tools import needs_strace
 
 import liveapi_server
@@ -637,8 +637,10 @@ def test_power_loss_of_a_real_file_system_loses_nothing_that_was_acknowledged(
             receiver = start("--segment-bytes", "30000", port=port)
             load.reach(60)
             time.sleep(chance.uniform(0, 0.2))
-            # Without power nothing is acknowledged any more.
+            # Without power nothing is acknowledged any more. The signal stops one thread first.
             receiver.signal(signal.SIGSTOP)
+            tasks = Path("/proc", str(receiver.process.pid), "task")
+            eventually(lambda tasks=tasks: {state_of(task) for task in tasks.iterdir()} == {"T"})
             go_down(file_system)
             receiver.kill()
             acknowledged = set(load.acknowledged)
@@ -652,6 +654,10 @@ def test_power_loss_of_a_real_file_system_loses_nothing_that_was_acknowledged(
     counts = balance(load, file_system)
     print(f"{losses} power losses, {counts.segments} segments: {counts.stored} signals stored once")
     assert counts.stored > 60 * losses
+
+
+def state_of(task: Path) -> str:
+    return (task / "stat").read_text().rpartition(")")[2].split()[0]
 
 
 def ids(path: Path) -> list[str]:
