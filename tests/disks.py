@@ -1,15 +1,23 @@
-"""File systems of a test's own."""
+"""Disks of a test's own: small, full, failing, hanging; and starts on what is left on them."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from harness import PROGRAM, Receiver, eventually, payload_id
+
+TRACED = re.compile(r"TracerPid:\t[1-9]")
+MEGABYTES = {"tmpfs": 8, "ext4": 64, "xfs": 320}  # the least that mkfs makes, or a little more
 
 
 @contextmanager
@@ -28,13 +36,99 @@ def mounted(where: Path, *arguments: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def small_file_system(kind: str, where: Path, megabytes: int) -> Iterator[Path]:
-    """A file system of this kind in a file beside `where`, mounted there."""
+def small_file_system(kind: str, where: Path) -> Iterator[Path]:
+    """A file system of this kind, mounted at `where`; it is in the file `image` beside it."""
+    size = MEGABYTES[kind]
+    if kind == "tmpfs":
+        with mounted(where, "-t", kind, "-o", f"size={size}m", kind):
+            yield where
+        return
     if shutil.which(f"mkfs.{kind}") is None:
         pytest.skip(f"needs mkfs.{kind} (Debian's e2fsprogs, xfsprogs)")
     image = where.with_name("image")
     with image.open("wb") as file:
-        file.truncate(megabytes << 20)
+        file.truncate(size << 20)
     subprocess.run([f"mkfs.{kind}", "-q", image], check=True)
     with mounted(where, "-o", "loop", image):
         yield where
+
+
+def free_bytes(where: Path) -> int:
+    found = os.statvfs(where)
+    return found.f_bavail * found.f_frsize
+
+
+def fill(where: Path, leave: int) -> Path:
+    """Take the space of a file system but for about `leave` bytes; the file that holds it."""
+    ballast = where / "ballast"
+    with ballast.open("ab") as file:
+        for _ in range(3):  # the file system takes some for itself
+            too_much = free_bytes(where) - leave
+            if too_much > 0:
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size + too_much)
+    return ballast
+
+
+@contextmanager
+def injected(receiver: Receiver, trace: Path, *faults: str, only: str = "") -> Iterator[Path]:
+    """System calls of the running receiver fail as strace(1)'s `inject` says; see `trace`.
+
+    `only`: those on files of the log with such names, parted by spaces. `when` is counted in each
+    thread.
+    """
+    command = ["strace", "-f", "-y", "-o", str(trace), "-p", str(receiver.process.pid)]
+    for fault in faults:
+        command += ["-e", f"inject={fault}"]
+    for name in only.split():
+        command += ["-P", str(receiver.signals / name)]
+    tracer = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    threads = Path("/proc", str(receiver.process.pid), "task")
+
+    def attached() -> bool:
+        """To every thread: it takes them one by one."""
+        if tracer.poll() is not None:
+            pytest.skip("strace may not attach to a process here")
+        return all(TRACED.search((each / "status").read_text()) for each in threads.iterdir())
+
+    try:
+        eventually(attached)
+        yield trace
+    finally:
+        tracer.send_signal(signal.SIGINT)  # it lets go of the receiver
+        try:
+            tracer.wait(1)
+        except subprocess.TimeoutExpired:
+            tracer.kill()
+            tracer.wait(5)
+
+
+def was_injected(trace: Path, call: str) -> bool:
+    """Whether a call was made to fail; strace may write it a moment after the receiver knows."""
+    told = re.compile(rf"{call}\(.*INJECTED")
+    with contextlib.suppress(AssertionError):
+        return bool(eventually(lambda: told.search(trace.read_text(errors="replace")), seconds=3))
+    return False
+
+
+def traced(trace: Path, *options: str) -> tuple[str, ...]:
+    """A wrapper for a receiver that is under strace(1) from its first call on."""
+    # -D: strace stands aside, and the receiver itself is our child.
+    return ("strace", "-D", "-f", "-y", "-s", "4096", "-o", str(trace), *options)
+
+
+def refused_start(
+    directory: Path, signals: Path | None = None, wrapper: tuple[str, ...] = ()
+) -> str:
+    """A start with the keys of `directory` must end with exit status 2; the one line it says."""
+    options = ("--keys", directory / "keys", "--signals", signals or directory / "signals")
+    command = (*wrapper, sys.executable, PROGRAM, *options, "--port", "0")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    return line
+
+
+def stored_line(payload: bytes, received_at: str = "2031-05-06T12:00:00.000001Z") -> bytes:
+    """A whole line of the log, of my-app, as an earlier run left it."""
+    head = f'{{"received_at":"{received_at}","instance":"my-app","id":"{payload_id(payload)}"'
+    return head.encode() + b',"signal":' + payload + b"}\n"

@@ -220,27 +220,32 @@ class Receiver:
     def post_encrypted(self, pair: Pair, payload: bytes) -> Answer:
         return self.post(pair, pair.encrypt(payload), "application/jose")
 
-    def closed_segments(self, stem: str = "my-app") -> list[Path]:
-        """The closed segments of a log, oldest first."""
-        closed = re.compile(re.escape(stem) + r"-\d{8}T\d{6}\.\d{6}Z\.jsonl")
+    @property
+    def current(self) -> Path:
+        """The open segment."""
+        return self.signals / "current.jsonl"
+
+    def closed_segments(self) -> list[Path]:
+        """The closed segments of the log, oldest first."""
+        closed = re.compile(r"\d{8}T\d{6}\.\d{6}Z\.jsonl")
         return sorted(p for p in self.signals.glob("*.jsonl") if closed.fullmatch(p.name))
 
-    def segments(self, stem: str) -> list[Path]:
-        """The closed segments of a log, oldest first, then the open one."""
-        current = self.signals / f"{stem}.jsonl"
-        return [*self.closed_segments(stem), *([current] if current.exists() else [])]
+    def segments(self) -> list[Path]:
+        """The closed segments of the log, oldest first, then the open one."""
+        return [*self.closed_segments(), *([self.current] if self.current.exists() else [])]
 
-    def raw(self, stem: str) -> bytes:
-        return b"".join(path.read_bytes() for path in self.segments(stem))
+    def raw(self) -> bytes:
+        return b"".join(path.read_bytes() for path in self.segments())
 
-    def lines(self, stem: str) -> list[dict[str, Any]]:
-        """Every line of a log, parsed; it is an error if one is torn or no JSON object."""
-        raw = self.raw(stem)
+    def lines(self, instance: str | None = None) -> list[dict[str, Any]]:
+        """The log's lines, of one instance or all; it is an error if one is torn or no object."""
+        raw = self.raw()
         assert raw == b"" or raw.endswith(b"\n"), f"torn tail: {raw[-80:]!r}"
-        return [json.loads(line) for line in raw.split(b"\n")[:-1]]
+        lines = [json.loads(line) for line in raw.split(b"\n")[:-1]]
+        return [line for line in lines if instance in (None, line["instance"])]
 
-    def ids(self, stem: str) -> list[str]:
-        return [line["id"] for line in self.lines(stem)]
+    def ids(self, instance: str | None = None) -> list[str]:
+        return [line["id"] for line in self.lines(instance)]
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)

@@ -1,62 +1,423 @@
-"""The console's stream and its guard, without a browser."""
+"""The console listener, without a browser: whom it answers, the stream, the figures."""
 
 from __future__ import annotations
 
 import http.client
+import json
+import re
 import socket
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
-from harness import Pair, Receiver, free_ports, signal_payload
+from disks import injected, stored_line
+from harness import ACCEPTED, Answer, Pair, Receiver, eventually, payload_id, signal_payload
+from tools import needs_strace
+from wire import Wire, request_bytes
 
-from liveapi_server import ACCEPTED, FEED_LINES, Entry, Feed
+METRICS = """liveapi_signals_total liveapi_refused_total liveapi_last_signal_timestamp_seconds
+liveapi_last_verify_timestamp_seconds liveapi_storing liveapi_connections liveapi_segment_bytes
+liveapi_start_time_seconds liveapi_commit_duration_seconds liveapi_commit_lines_total""".split()
+MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
+
+
+@dataclass
+class Watched:
+    """A receiver and its console."""
+
+    receiver: Receiver
+    port: int
+
+    def get(self, path: str, method: str = "GET", **headers: str) -> Answer:
+        with http_connection(self.port) as connection:
+            fields = {name.replace("_", "-"): value for name, value in headers.items()}
+            connection.request(method, path, headers=fields)
+            return Answer.read(connection.getresponse())
+
+    def metrics(self) -> dict[str, float]:
+        """The samples, by name and labels; it is an error if a line is no Prometheus text."""
+        samples = {}
+        for line in self.get("/metrics").body.decode().splitlines():
+            if not re.fullmatch(r"# (HELP|TYPE) \w+ .+", line):
+                found = re.fullmatch(r'(\w+(?:\{(?:\w+="[^"]*",?)+\})?) (\S+)', line)
+                assert found, line
+                assert found[1] not in samples, f"{found[1]} is there twice"
+                samples[found[1]] = float(found[2])
+        return samples
+
+    @contextmanager
+    def watch(self, receive_buffer: int = 0) -> Iterator[Iterator[tuple[str, bytes]]]:
+        """The events of the stream, as id and data."""
+        with Wire(self.port, 20, receive_buffer=receive_buffer) as wire:
+            wire.send(request_bytes("GET", "/signals", {"host": f"localhost:{self.port}"}))
+            with wire.socket.makefile("rb") as stream:
+                yield self._events(stream)
+
+    @staticmethod
+    def _events(stream: Iterator[bytes]) -> Iterator[tuple[str, bytes]]:
+        assert b" 200 " in next(iter(stream))
+        event: dict[bytes, bytes] = {}
+        for line in stream:
+            name, _, value = line.rstrip(b"\r\n").partition(b": ")
+            if name:
+                event[name] = value
+            elif b"data" in event:
+                yield event[b"id"].decode(), event[b"data"]
+                event = {}
+
+
+@contextmanager
+def http_connection(port: int) -> Iterator[http.client.HTTPConnection]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    yield connection
+    connection.close()
 
 
 @pytest.fixture
-def console(start: Callable[..., Receiver]) -> tuple[Receiver, int]:
-    (port,) = free_ports(1)
-    return start("--console", str(port)), port
+def watch(start: Callable[..., Receiver]) -> Callable[..., Watched]:
+    """Start a receiver with a console."""
+
+    def begin(*options: str, **more: object) -> Watched:
+        receiver = start("--console", "0", *options, **more)
+        found = re.search(r"http://127\.0\.0\.1:(\d+)", receiver.wait_for_log("console"))
+        assert found
+        return Watched(receiver, int(found[1]))
+
+    return begin
 
 
-def events(port: int, count: int, last: str = "") -> list[str]:
-    """The ids of the stream's first `count` events."""
-    with socket.create_connection(("127.0.0.1", port), 10) as sock:
-        resume = f"Last-Event-ID: {last}\r\n" if last else ""
-        sock.sendall(f"GET /signals HTTP/1.1\r\nHost: localhost:{port}\r\n{resume}\r\n".encode())
-        found: list[str] = []
-        for line in sock.makefile("r", encoding="utf-8"):
-            if line.startswith("id: "):
-                found.append(line[4:].strip())
-                if len(found) == count:
-                    break
-        return found
+@pytest.fixture
+def watched(watch: Callable[..., Watched]) -> Watched:
+    return watch()
 
 
-def test_the_stream_starts_with_the_last_hundred_and_resumes_after_an_id(
-    console: tuple[Receiver, int], pair: Pair
+# --- Whom it answers --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("host", "answered"),
+    [
+        ("127.0.0.1:{port}", True),
+        ("localhost:{port}", True),
+        ("LOCALHOST:{port}", True),
+        ("attacker.example", False),
+        ("attacker.example:{port}", False),
+        ("localhost.attacker.example:{port}", False),
+        ("127.0.0.1", False),
+        ("127.0.0.1:1", False),
+        ("127.0.0.2:{port}", False),
+        ("[::1]:{port}", False),
+    ],
+)
+def test_it_answers_to_its_own_address_and_localhost_only(
+    watched: Watched, host: str, answered: bool
 ) -> None:
-    receiver, port = console
+    for path in ("/", "/status", "/metrics"):
+        status = watched.get(path, Host=host.format(port=watched.port)).status
+        assert (status == 200) if answered else (400 <= status < 500)
+
+
+@pytest.mark.parametrize(
+    ("site", "answered"),
+    [("same-origin", True), ("none", True), ("cross-site", False), ("same-site", False)],
+)
+def test_it_answers_no_request_that_comes_from_another_site(
+    watched: Watched, site: str, answered: bool
+) -> None:
+    for path in ("/", "/status", "/metrics"):
+        status = watched.get(path, Sec_Fetch_Site=site).status
+        assert (status == 200) if answered else (400 <= status < 500)
+    if not answered:
+        assert watched.get("/signals", Sec_Fetch_Site=site).status >= 400
+
+
+def test_it_listens_on_loopback_unless_told_otherwise_and_never_beside_the_endpoint(
+    watched: Watched, start: Callable[..., Receiver], tmp_path: Path
+) -> None:
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.2", watched.port), 5)
+    assert watched.receiver.request("GET", "/signals").status == 404
+    (tmp_path / "elsewhere").mkdir()
+    told = start("--console", "127.0.0.2:0", directory=tmp_path / "elsewhere")
+    assert "http://127.0.0.2:" in told.wait_for_log("console")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "kind"),
+    [
+        ("GET", "/", 200, "text/html"),
+        ("HEAD", "/", 200, "text/html"),
+        ("GET", "/status", 200, "application/json"),
+        ("GET", "/metrics", 200, "text/plain"),
+        ("HEAD", "/metrics", 200, "text/plain"),
+        ("POST", "/status", 405, "application/json"),
+        ("GET", "/live", 404, "application/json"),
+        ("GET", "/favicon.ico", 404, "application/json"),
+    ],
+)
+def test_it_has_these_paths_and_no_other(
+    watched: Watched, method: str, path: str, status: int, kind: str
+) -> None:
+    answer = watched.get(path, method)
+    assert answer.status == status
+    assert answer.headers["content-type"].split(";")[0] == kind
+    assert "python" not in str(answer.headers).lower()
+
+
+# --- The stream -------------------------------------------------------------------------------
+
+
+def test_the_stream_begins_with_the_last_hundred_and_goes_on_with_what_comes(
+    watched: Watched, pair: Pair
+) -> None:
+    receiver = watched.receiver
+    connection = receiver.connect()
     for _ in range(120):
-        assert receiver.post(pair, signal_payload()).status == 200
-    ids = receiver.ids("my-app")
-    assert events(port, 100) == ids[20:]
-    assert events(port, 115, last=ids[4]) == ids[5:]
-
-
-def test_a_watcher_that_falls_behind_is_skipped_ahead_and_told_how_far() -> None:
-    feed = Feed()
-    entries = [Entry(f"{n:032x}", b"{}\n", ACCEPTED, []) for n in range(FEED_LINES + 500)]
-    feed.publish(entries)
-    skipped, fresh = feed.since(0, 0)
-    assert skipped == 500
-    assert [identity for identity, _ in fresh] == [entry.identity for entry in entries[500:]]
-
-
-@pytest.mark.parametrize("host", ["attacker.example", "attacker.example:{port}", "127.0.0.1"])
-def test_the_console_answers_to_its_own_address_only(
-    console: tuple[Receiver, int], host: str
-) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", console[1], timeout=10)
-    connection.request("GET", "/status", headers={"Host": host.format(port=console[1])})
-    assert connection.getresponse().status == 421
+        assert receiver.post(pair, signal_payload(), connection=connection).json == ACCEPTED
+    with watched.watch() as early:
+        first = [next(early) for _ in range(100)]
+        broken = b'{\n"a": 1\n}'
+        for payload in (signal_payload(text="é\u2028"), broken):
+            assert receiver.post(pair, payload, connection=connection).json == ACCEPTED
+        events = [*first, next(early), next(early)]
     connection.close()
+    assert [data for _, data in events] == receiver.raw().splitlines()[20:]
+    assert [each for each, _ in events] == receiver.ids()[20:]
+
+
+def test_the_stream_follows_over_closed_segments_and_a_replaced_one(
+    watch: Callable[..., Watched], pair: Pair
+) -> None:
+    watched = watch("--segment-bytes", "700")
+    receiver = watched.receiver
+    with watched.watch() as events:
+        for number in range(12):
+            if number == 6:
+                receiver.current.rename(receiver.signals / "20310506T120000.000000Z.jsonl")
+            payload = signal_payload(number=number)
+            assert receiver.post(pair, payload).json == ACCEPTED
+            assert next(events)[0] == payload_id(payload)
+    assert len(receiver.closed_segments()) >= 4
+
+
+@needs_strace
+def test_the_stream_shows_only_what_is_synced(watched: Watched, pair: Pair, tmp_path: Path) -> None:
+    receiver, payload = watched.receiver, signal_payload()
+    assert receiver.post(pair, signal_payload()).json == ACCEPTED
+    moments: dict[str, float] = {}
+
+    def post() -> None:
+        assert receiver.post(pair, payload).json == ACCEPTED
+        moments["acknowledged"] = time.monotonic()
+
+    with (
+        watched.watch() as events,
+        injected(receiver, tmp_path / "t", "fdatasync:delay_enter=2000000"),
+    ):
+        assert next(events)[0] == receiver.ids()[0]
+        poster = threading.Thread(target=post)
+        poster.start()
+        eventually(lambda: payload_id(payload).encode() in receiver.raw(), every=0.005)
+        moments["written"] = time.monotonic()
+        assert next(events)[0] == payload_id(payload)
+        moments["shown"] = time.monotonic()
+        poster.join()
+    assert moments["shown"] - moments["written"] > 1.5, moments
+
+
+def resident(receiver: Receiver) -> float:
+    """MiB of memory that the process holds."""
+    text = Path("/proc", str(receiver.process.pid), "status").read_text()
+    return int(re.findall(r"VmRSS:\s+(\d+)", text)[0]) / 1024
+
+
+def test_a_watcher_that_is_slow_lags_and_costs_no_memory(watched: Watched, pair: Pair) -> None:
+    receiver, filler = watched.receiver, "x" * 1_000_000
+    assert receiver.post(pair, signal_payload(text=filler)).json == ACCEPTED
+    with watched.watch(receive_buffer=4096) as slow, watched.watch() as quick:
+        assert next(quick)[0] == receiver.ids()[0]
+        before = resident(receiver)
+        for _ in range(40):
+            assert receiver.post(pair, signal_payload(text=filler)).json == ACCEPTED
+        ids = receiver.ids()
+        assert [next(quick)[0] for _ in ids[1:]] == ids[1:]
+        assert resident(receiver) - before < 16
+        assert [next(slow)[0] for _ in ids] == ids
+
+
+def test_what_a_stream_begins_with_is_bounded_in_bytes_too(
+    watch: Callable[..., Watched], tmp_path: Path, pair: Pair
+) -> None:
+    (tmp_path / "signals").mkdir()
+    lines = [stored_line(signal_payload(text="x" * 1_000_000)) for _ in range(100)]
+    (tmp_path / "signals/current.jsonl").write_bytes(b"".join(lines))
+    watched = watch()
+    before, peak = resident(watched.receiver), 0.0
+    for _ in range(8):
+        with watched.watch() as events:
+            next(events)
+            peak = max(peak, resident(watched.receiver))
+    assert peak - before < 64
+    fresh = signal_payload()
+    with watched.watch() as events:
+        assert watched.receiver.post(pair, fresh).json == ACCEPTED
+        assert any(identity == payload_id(fresh) for identity, _ in events)
+
+
+def test_a_watcher_does_not_hold_up_the_end(watched: Watched, pair: Pair) -> None:
+    assert watched.receiver.post(pair, signal_payload()).json == ACCEPTED
+    with watched.watch() as events:
+        next(events)
+        began = time.monotonic()
+        assert watched.receiver.stop() == 0
+        assert time.monotonic() - began < 3
+        assert list(events) == []
+
+
+# --- The figures ------------------------------------------------------------------------------
+
+
+def some_of_everything(receiver: Receiver, pair: Pair) -> None:
+    """A Verify, two signals stored, one of them repeated, and refusals of three kinds."""
+    first = signal_payload()
+    assert receiver.verify(pair).status == 200
+    for payload in (first, signal_payload(), first):
+        assert receiver.post(pair, payload).json == ACCEPTED
+    assert receiver.post(pair, b"{}", **{"x-notificare-signature": "bm8="}).status == 400
+    assert receiver.post(pair, b"no signal").status == 400
+    assert receiver.post(Pair("stranger"), b"{}").status == 400
+
+
+def test_the_status_tells_what_has_come_and_what_was_refused(
+    watch: Callable[..., Watched], pair: Pair
+) -> None:
+    began = time.time()
+    watched = watch(pairs=(pair, Pair("other")))
+    receiver = watched.receiver
+    some_of_everything(receiver, pair)
+    status = watched.get("/status").json
+    assert list(status) == (
+        "status reason version started_at endpoint segment segment_bytes connections instances"
+        " refused refusals".split()
+    )
+    assert (status["status"], status["reason"]) == ("ok", None)
+    assert status["endpoint"] == receiver.url
+    assert (status["segment"], status["segment_bytes"]) == ("current.jsonl", len(receiver.raw()))
+    assert status["connections"] >= 0
+    assert MOMENT.fullmatch(status["started_at"])
+    assert time.strftime("%Y-%m-%dT%H:%M", time.gmtime(began)) <= status["started_at"]
+    busy, quiet = status["instances"]
+    assert set(busy) == set(
+        "instance last_verify_at last_signal_at stored repeated unavailable refused".split()
+    )
+    assert [busy[name] for name in ("instance", "stored", "repeated", "unavailable")] == [
+        "my-app",
+        2,
+        1,
+        0,
+    ]
+    assert MOMENT.fullmatch(busy["last_verify_at"])
+    assert busy["last_signal_at"][:19] == receiver.lines()[-1]["received_at"][:19]
+    assert sorted(busy["refused"].values()) == [1, 1]
+    assert list(status["refused"].values()) == [1]
+    assert (quiet["instance"], quiet["last_verify_at"], quiet["last_signal_at"]) == (
+        "other",
+        None,
+        None,
+    )
+    refusals = status["refusals"]
+    assert [each["instance"] for each in refusals] == ["my-app", "my-app", ""]
+    assert all(MOMENT.fullmatch(each["at"]) and each["reason"] for each in refusals)
+    for _ in range(30):
+        receiver.post(Pair("stranger"), b"{}")
+    assert len(watched.get("/status").json["refusals"]) == 20
+
+
+def test_after_a_restart_the_last_signal_is_known_from_the_log(
+    watch: Callable[..., Watched], pair: Pair
+) -> None:
+    before = watch()
+    some_of_everything(before.receiver, pair)
+    (then,) = before.get("/status").json["instances"]
+    seconds = before.metrics()['liveapi_last_signal_timestamp_seconds{instance="my-app"}']
+    assert before.receiver.stop() == 0
+    after = watch()
+    (now,) = after.get("/status").json["instances"]
+    assert now["last_signal_at"][:23] == then["last_signal_at"][:23]
+    metrics = after.metrics()
+    assert metrics['liveapi_last_signal_timestamp_seconds{instance="my-app"}'] == pytest.approx(
+        seconds, abs=0.001
+    )
+    assert now["stored"] == metrics['liveapi_signals_total{instance="my-app",result="stored"}'] == 0
+
+
+def test_the_metrics_have_the_contracts_names_and_all_results_from_the_start(
+    watch: Callable[..., Watched], pair: Pair
+) -> None:
+    watched = watch(pairs=(pair, Pair("other@label")))
+    text = watched.get("/metrics").body.decode()
+    assert sorted(re.findall(r"# TYPE (\w+) ", text)) == sorted(METRICS)
+    assert sorted(re.findall(r"# HELP (\w+) ", text)) == sorted(METRICS)
+    kinds = dict(re.findall(r"# TYPE (\w+) (\w+)", text))
+    assert {name for name, kind in kinds.items() if kind == "counter"} == {
+        name for name in METRICS if name.endswith("_total")
+    }
+    samples = watched.metrics()
+    assert {name for name in samples if name.startswith("liveapi_signals_total")} == {
+        f'liveapi_signals_total{{instance="{name}",result="{result}"}}'
+        for name in ("my-app", "other", "")
+        for result in ("stored", "repeated", "refused", "unavailable")
+    }
+    assert {samples[name] for name in samples if "signals_total" in name} == {0}
+    assert samples["liveapi_storing"] == 1
+    assert abs(samples["liveapi_start_time_seconds"] - time.time()) < 30
+    assert samples["liveapi_commit_duration_seconds_count"] == 0
+    assert samples["liveapi_commit_duration_seconds_sum"] == 0
+
+
+def test_the_metrics_count_what_has_come_and_what_was_refused(watched: Watched, pair: Pair) -> None:
+    receiver = watched.receiver
+    before = time.time()
+    some_of_everything(receiver, pair)
+    with Wire(receiver.port), Wire(receiver.port):
+        eventually(lambda: watched.metrics()["liveapi_connections"] == 2)
+    samples = watched.metrics()
+    results = {
+        result: samples[f'liveapi_signals_total{{instance="my-app",result="{result}"}}']
+        for result in ("stored", "repeated", "refused", "unavailable")
+    }
+    assert results == {"stored": 2, "repeated": 1, "refused": 2, "unavailable": 0}
+    assert samples['liveapi_signals_total{instance="",result="refused"}'] == 1
+    refused = {name: n for name, n in samples.items() if name.startswith("liveapi_refused_total")}
+    assert sorted(re.findall(r'instance="([^"]*)",reason="[^"]+"', "\n".join(refused))) == [
+        "",
+        "my-app",
+        "my-app",
+    ]
+    assert set(refused.values()) == {1}
+    assert samples["liveapi_segment_bytes"] == len(receiver.raw())
+    assert samples["liveapi_commit_lines_total"] == 2
+    assert 1 <= samples["liveapi_commit_duration_seconds_count"] <= 2
+    assert samples["liveapi_commit_duration_seconds_sum"] > 0
+    for what in ("signal", "verify"):
+        when = samples[f'liveapi_last_{what}_timestamp_seconds{{instance="my-app"}}']
+        assert before - 1 <= when <= time.time() + 1
+
+
+def test_while_signals_cannot_be_stored_status_and_metrics_say_so(
+    watched: Watched, pair: Pair
+) -> None:
+    receiver = watched.receiver
+    receiver.signals.rename(receiver.directory / "aside")
+    assert receiver.post(pair, signal_payload()).status == 503
+    status = watched.get("/status").json
+    assert status["status"] == "unavailable"
+    assert status["reason"]
+    samples = watched.metrics()
+    assert samples["liveapi_storing"] == 0
+    assert samples['liveapi_signals_total{instance="my-app",result="unavailable"}'] == 1
+    assert json.loads(receiver.request("GET", "/status").body) == {"status": "unavailable"}

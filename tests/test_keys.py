@@ -1,33 +1,47 @@
-"""The promises under Keys: which files name an instance, what is refused, what SIGHUP does."""
+"""Keys: which files make an instance, what is refused or warned about, and what a reload does."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
+import shutil
 import signal
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import Pair, Receiver, eventually, run, signal_payload
+from harness import ACCEPTED, PROGRAM, Pair, Receiver, eventually, payload_id, signal_payload
+
+from liveapi_server import OperatorError, load_instances
+
+FIFO = b"(a named pipe)"
+Files = dict[str, bytes | None]  # None: a directory
 
 
-def write(directory: Path, **files: str) -> None:
+def write(directory: Path, files: Files) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (directory / name).write_text(text)
-        (directory / name).chmod(0o600)
+    for name, content in files.items():
+        path = directory / name
+        if content is None:
+            path.mkdir()
+        elif content is FIFO:
+            os.mkfifo(path, 0o600)
+        else:
+            path.write_bytes(content)
+            path.chmod(0o600)
 
 
-def refused(keys: Path, tmp_path: Path) -> str:
-    """The one line with which the program refuses these keys."""
-    result = run(
-        "--keys", str(keys), "--signals", str(tmp_path / "signals"), "--port", "0", within=20
-    )
-    assert result.returncode == 2, result.stderr
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, result.stderr
-    assert "Traceback" not in result.stderr
-    return lines[0]
+def remove(directory: Path, files: Files) -> None:
+    for name, content in files.items():
+        path = directory / name
+        path.rmdir() if content is None else path.unlink()
+
+
+# --- What makes an instance -------------------------------------------------------------------
 
 
 def test_several_instances_are_told_apart_by_the_public_key(start: Callable[..., Receiver]) -> None:
@@ -36,174 +50,210 @@ def test_several_instances_are_told_apart_by_the_public_key(start: Callable[...,
     for pair in pairs:
         assert receiver.verify(pair, "hello").body.decode() == pair.sign(b"hello")
         payload = signal_payload(to=pair.name)
-        assert receiver.post(pair, payload).status == 200
-        (line,) = receiver.lines(pair.name)
-        assert line["instance"] == pair.name
-        assert line["signal"]["data"]["to"] == pair.name
+        assert receiver.post(pair, payload).json == ACCEPTED
+        assert receiver.ids(pair.name) == [payload_id(payload)]
 
 
-def test_one_instances_private_key_does_not_sign_for_another(
+def test_all_pairs_of_an_instance_are_in_force_and_a_repeat_signed_with_another_is_known(
     start: Callable[..., Receiver],
 ) -> None:
-    one, two = Pair("one"), Pair("two")
-    receiver = start(pairs=(one, two))
-    body = signal_payload()
-    answer = receiver.post(one, body, **{"x-notificare-signature": two.sign(body)})
-    assert (answer.status, answer.json) == (400, {"error": "invalid signature"})
+    old, new, newest = Pair("shop"), Pair("shop@2026"), Pair("shop@b.c_d-e")
+    receiver = start(pairs=(old, new, newest))
+    payload = signal_payload()
+    for pair in (old, new, newest):
+        assert receiver.verify(pair, "x").body.decode() == pair.sign(b"x")
+        assert receiver.post(pair, payload).json == ACCEPTED
+        assert receiver.post_encrypted(pair, payload).json == ACCEPTED
+    assert [line["instance"] for line in receiver.lines()] == ["shop"]
 
 
-def test_the_ready_line_names_the_instances_and_the_url(start: Callable[..., Receiver]) -> None:
-    receiver = start(pairs=(Pair("shop"), Pair("news.app_2-x")))
-    line = receiver.wait_for_log("http://")
-    assert f"http://127.0.0.1:{receiver.port}/live" in line
-    assert "shop" in line
-    assert "news.app_2-x" in line
+def test_a_pair_with_a_label_is_enough_for_an_instance(tmp_path: Path) -> None:
+    pair = Pair("shop@2026").write(tmp_path)
+    (instance,) = load_instances(tmp_path).values()
+    assert instance.name == "shop"
+    assert instance.sign(b"x").decode() == pair.sign(b"x")
+
+
+@pytest.mark.parametrize(
+    "name", ["a", "My_App-2.0", "0", "x.public", "app.rejected", "-", "x-20261123T180000.123456Z"]
+)
+def test_letters_digits_dot_underscore_and_hyphen_make_a_name(tmp_path: Path, name: str) -> None:
+    Pair(name).write(tmp_path)
+    assert [each.name for each in load_instances(tmp_path).values()] == [name]
 
 
 @pytest.mark.parametrize(
     "around", ["{}\n", "{}", "{}\r\n", " {}\t\n\n", "\n\n  {}  \r\n"], ids=repr
 )
-def test_white_space_around_a_key_is_ignored(
-    start: Callable[..., Receiver], tmp_path: Path, around: str
-) -> None:
+def test_white_space_around_a_key_is_ignored(tmp_path: Path, around: str) -> None:
     pair = Pair("my-app")
-    write(
-        tmp_path / "keys",
-        **{
-            "my-app.public": around.format(pair.public),
-            "my-app.private": around.format(pair.private),
-        },
+    keys = {"my-app.public": pair.public, "my-app.private": pair.private}
+    write(tmp_path, {name: around.format(key).encode() for name, key in keys.items()})
+    (instance,) = load_instances(tmp_path).values()
+    assert (instance.public_key, instance.sign(b"x")) == (
+        pair.public.encode(),
+        pair.sign(b"x").encode(),
     )
-    receiver = start(pairs=())
-    assert receiver.verify(pair).body.decode() == pair.sign(b"a challenge")
 
 
-def test_a_private_key_is_any_text_taken_as_utf_8(
+def test_a_private_key_is_any_text_with_spaces_or_not_taken_as_utf_8(
     start: Callable[..., Receiver],
 ) -> None:
     pair = Pair("my-app", private="a test key, schlüssel, 鍵, 🔑")
     receiver = start(pairs=(pair,))
     assert receiver.verify(pair).body.decode() == pair.sign(b"a challenge")
-    assert receiver.post(pair, signal_payload()).status == 200
-    assert receiver.post_encrypted(pair, signal_payload()).status == 200
-    assert len(receiver.lines("my-app")) == 2
+    assert receiver.post(pair, signal_payload()).json == ACCEPTED
+    assert receiver.post_encrypted(pair, signal_payload()).json == ACCEPTED
 
 
-@pytest.mark.parametrize("name", ["a", "My_App-2.0", "0", "x.public", "a-20261123", "rejected"])
-def test_letters_digits_dot_underscore_and_hyphen_make_a_name(
-    start: Callable[..., Receiver], name: str
-) -> None:
-    pair = Pair(name)
-    receiver = start(pairs=(pair,))
-    assert receiver.post(pair, signal_payload()).status == 200
-    assert [line["instance"] for line in receiver.lines(name)] == [name]
+# --- What is refused --------------------------------------------------------------------------
 
-
-def test_hidden_files_and_the_readme_are_left_aside(
-    start: Callable[..., Receiver], tmp_path: Path, pair: Pair
-) -> None:
-    write(tmp_path / "keys", **{".gitignore": "*", ".hidden.public": "x", "README.md": "words"})
-    write(tmp_path / "keys", README="words")
-    receiver = start()
-    assert receiver.verify(pair).status == 200
-
-
-FAULTY: dict[str, tuple[dict[str, str], str]] = {
-    "a public key alone": ({"lonely.public": "p"}, "lonely"),
-    "a private key alone": ({"lonely.private": "p"}, "lonely"),
-    "an empty public key": ({"app2.public": "", "app2.private": "p"}, "app2.public"),
-    "an empty private key": ({"app2.public": "p", "app2.private": ""}, "app2.private"),
-    "a public key of white space": ({"app2.public": " \n\t", "app2.private": "p"}, "app2.public"),
-    "a private key of white space": ({"app2.public": "p", "app2.private": "\n"}, "app2.private"),
+PUBLIC, PRIVATE = "app2.public", "app2.private"
+FAULTY: dict[str, tuple[Files, str]] = {
+    "a public key alone": ({"lonely.public": b"p"}, "lonely"),
+    "a private key alone": ({"lonely.private": b"p"}, "lonely"),
+    "half a pair with a label": ({"my-app@2026.public": b"p"}, "my-app@2026"),
+    "the halves of two pairs": ({"app2@a.public": b"p", "app2@b.private": b"q"}, "app2@"),
+    "an empty public key": ({PUBLIC: b"", PRIVATE: b"p"}, PUBLIC),
+    "an empty private key": ({PUBLIC: b"p", PRIVATE: b""}, PRIVATE),
+    "a public key of white space": ({PUBLIC: b" \n\t", PRIVATE: b"p"}, PUBLIC),
+    "a private key of white space": ({PUBLIC: b"p", PRIVATE: b"\n"}, PRIVATE),
+    "white space within a public key": ({PUBLIC: b"p q", PRIVATE: b"r"}, PUBLIC),
+    "two lines in a public key": ({PUBLIC: b"p\nq", PRIVATE: b"r"}, PUBLIC),
+    "two lines in a private key": ({PUBLIC: b"p", PRIVATE: b"q\nr"}, PRIVATE),
+    "a tab in a private key": ({PUBLIC: b"p", PRIVATE: b"q\tr"}, PRIVATE),
+    "a control character in a public key": ({PUBLIC: b"p\x00q", PRIVATE: b"r"}, PUBLIC),
+    "a control character in a private key": ({PUBLIC: b"p", PRIVATE: b"q\x7fr"}, PRIVATE),
+    "quotes around a public key": ({PUBLIC: b'"p"', PRIVATE: b"q"}, PUBLIC),
+    "quotes around a private key": ({PUBLIC: b"p", PRIVATE: b"'q'"}, PRIVATE),
+    "a byte-order mark": ({PUBLIC: b"\xef\xbb\xbfp", PRIVATE: b"q"}, PUBLIC),
+    "a byte-order mark in a private key": ({PUBLIC: b"p", PRIVATE: b"\xef\xbb\xbfq"}, PRIVATE),
+    "UTF-16": ({PUBLIC: b"p", PRIVATE: "q".encode("utf-16")}, PRIVATE),
+    "a directory named like a key": ({PUBLIC: None, PRIVATE: b"p"}, PUBLIC),
+    "a FIFO": ({PUBLIC: b"p", PRIVATE: FIFO}, PRIVATE),
+    "a public key that equals its private key": ({PUBLIC: b"p", PRIVATE: b"p\n"}, "app2"),
     "the same public key twice": (
-        {"b.public": "same", "b.private": "x", "c.public": "same\n", "c.private": "y"},
+        {"b.public": b"same", "b.private": b"x", "c.public": b"same\n", "c.private": b"y"},
         "c.public",
     ),
-    "a stray file": ({"notes.txt": "words"}, "notes.txt"),
-    "a backup of a key": ({"app2.private~": "words"}, "app2.private~"),
-    "a suffix in capitals": ({"app2.PUBLIC": "p", "app2.private": "q"}, "app2.PUBLIC"),
-    "a space in the name": ({"my app.public": "p", "my app.private": "q"}, "my app"),
-    "a letter outside ASCII": ({"büro.public": "p", "büro.private": "q"}, "ro."),
-    "a name that ends in .rejected": (
-        {"app.rejected.public": "p", "app.rejected.private": "q"},
-        "app.rejected",
-    ),
-    "a name like a closed segment's": (
-        {
-            "app-20261123T180000.123456Z.public": "p",
-            "app-20261123T180000.123456Z.private": "q",
-        },
-        "app-20261123T180000.123456Z",
+    "the same public key under two labels": (
+        {"b@1.public": b"same", "b@1.private": b"x", "b@2.public": b"same", "b@2.private": b"y"},
+        "b@2.public",
     ),
 }
+KEPT = Pair("my-app")
+
+
+@pytest.fixture(scope="module")
+def lasting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Receiver]:
+    """One receiver that is told to reload one fault after the other."""
+    receiver = Receiver(tmp_path_factory.mktemp("reload"), pairs=(KEPT,))
+    yield receiver
+    receiver.kill()
 
 
 @pytest.mark.parametrize("case", FAULTY)
-def test_a_faulty_key_directory_is_refused_with_the_files_name(tmp_path: Path, case: str) -> None:
+def test_faulty_keys_are_refused_by_the_files_name_and_on_sighup_the_old_ones_stay_in_force(
+    lasting: Receiver, case: str
+) -> None:
     files, named = FAULTY[case]
-    keys = tmp_path / "keys"
-    Pair("good").write(keys)
-    write(keys, **files)
-    assert named in refused(keys, tmp_path)
+    newcomer = Pair("newcomer").write(lasting.keys)
+    write(lasting.keys, files)
+    before = len(lasting.log)
+    lasting.signal(signal.SIGHUP)
+    try:
+        lasting.wait_for_log(re.escape(named), 10, before)
+        with pytest.raises(OperatorError, match=re.escape(named)) as refused:
+            load_instances(lasting.keys)
+    finally:
+        remove(lasting.keys, files)
+    assert not re.search(rf"{KEPT.public}|{KEPT.private}", str(refused.value))
+    assert lasting.verify(KEPT).body.decode() == KEPT.sign(b"a challenge")
+    assert lasting.verify(newcomer).status == 400
+    assert not any("Traceback" in line for line in lasting.log)
 
 
-def test_a_directory_with_no_pair_is_refused_with_its_name(tmp_path: Path) -> None:
-    keys = tmp_path / "empty-keys"
-    keys.mkdir()
-    assert "empty-keys" in refused(keys, tmp_path)
-
-
-def test_a_directory_with_nothing_but_hidden_files_and_a_readme_has_no_pair(tmp_path: Path) -> None:
-    write(tmp_path / "bare-keys", **{".gitignore": "*", "README.md": "words"})
-    assert "bare-keys" in refused(tmp_path / "bare-keys", tmp_path)
-
-
-def test_a_directory_that_is_not_there_is_refused_with_its_name(tmp_path: Path) -> None:
-    assert "no-such-keys" in refused(tmp_path / "no-such-keys", tmp_path)
+@pytest.mark.parametrize(
+    "files",
+    [{}, {".gitignore": b"*", "README.md": b"words"}, {"notes.txt": b"words"}, {"old": None}],
+    ids=["nothing", "a README", "a stray file", "a directory"],
+)
+def test_a_directory_with_no_pair_is_refused_with_its_name(tmp_path: Path, files: Files) -> None:
+    write(tmp_path / "bare-keys", files)
+    with pytest.raises(OperatorError, match="bare-keys"):
+        load_instances(tmp_path / "bare-keys")
 
 
 def test_a_file_in_place_of_the_directory_is_refused_with_its_name(tmp_path: Path) -> None:
     (tmp_path / "keys-file").write_text("x")
-    assert "keys-file" in refused(tmp_path / "keys-file", tmp_path)
+    with pytest.raises(OperatorError, match="keys-file"):
+        load_instances(tmp_path / "keys-file")
 
 
-def test_a_directory_in_place_of_a_key_is_refused_with_its_name(tmp_path: Path) -> None:
-    keys = tmp_path / "keys"
-    Pair("my-app").write(keys)
-    (keys / "my-app.private").unlink()
-    (keys / "my-app.private").mkdir()
-    assert "my-app.private" in refused(keys, tmp_path)
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root and setpriv (util-linux)"
+)
+def test_a_key_that_may_not_be_read_names_the_command_that_mends_it_on_a_service() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        Pair("my-app").write(Path(name, "keys"))
+        os.chown(Path(name, "keys", "my-app.private"), 12345, 12345)
+        # Root without its power to read what is another's.
+        barred = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+        result = subprocess.run(
+            [*barred, sys.executable, str(PROGRAM), "--port", "0"],
+            cwd=name,
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
+    assert result.returncode == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert "my-app.private" in line
+    assert "systemd-tmpfiles --create liveapi.conf" in line
 
 
-def test_a_key_that_is_not_utf_8_is_refused_with_the_files_name(tmp_path: Path) -> None:
-    keys = tmp_path / "keys"
-    Pair("my-app").write(keys)
-    (keys / "my-app.private").write_bytes(b"\xff\xfe\x00")
-    assert "my-app.private" in refused(keys, tmp_path)
+# --- What is passed over, and warned about ----------------------------------------------------
 
 
-def test_a_refusal_never_shows_a_key(tmp_path: Path) -> None:
-    keys = tmp_path / "keys"
-    pair = Pair("my-app").write(keys)
-    Pair("twin", public=pair.public).write(keys)
-    line = refused(keys, tmp_path)
-    assert pair.public not in line
-    assert pair.private not in line
-
-
-def test_a_private_key_that_others_can_read_is_warned_about(
+def test_any_other_file_is_passed_over_with_a_warning_that_names_it(
     start: Callable[..., Receiver], tmp_path: Path, pair: Pair
 ) -> None:
+    strays = [
+        "notes.txt",
+        "my-app.private~",
+        "my-app.PUBLIC",
+        "my app.public",
+        "a@b@c.public",
+        "@b.private",
+        "a@.public",
+    ]
+    write(tmp_path / "keys", dict.fromkeys([*strays, "büro.public"], b"words"))
+    receiver = start()
+    assert receiver.verify(pair).status == 200
+    for name in [*strays, "ro.public"]:
+        receiver.wait_for_log(re.escape(name), 5)
+
+
+def test_hidden_files_readmes_and_other_directories_are_passed_over_silently(
+    start: Callable[..., Receiver], tmp_path: Path, pair: Pair
+) -> None:
+    silent: Files = {".gitignore": b"*", ".hidden.public": b"x", "README.md": b"x", "README": b"x"}
+    write(tmp_path / "keys", {**silent, "old": None, ".git": None})
+    receiver = start()
+    assert receiver.verify(pair).status == 200
+    assert not [line for line in receiver.log if "passed over" in line or "README" in line]
+
+
+def test_a_private_key_that_others_can_read_is_warned_about_and_one_of_its_owner_alone_is_not(
+    start: Callable[..., Receiver], tmp_path: Path, pair: Pair
+) -> None:
+    Pair("careful").write(tmp_path / "keys")
     pair.write(tmp_path / "keys")
     (tmp_path / "keys" / "my-app.private").chmod(0o644)
     receiver = start(pairs=())
     receiver.wait_for_log(r"my-app\.private")
     assert receiver.verify(pair).status == 200
-
-
-def test_a_private_key_of_its_owner_alone_brings_no_warning(receiver: Receiver, pair: Pair) -> None:
-    assert receiver.verify(pair).status == 200
-    assert not [line for line in receiver.log if "my-app.private" in line]
+    assert not [line for line in receiver.log if "careful.private" in line]
 
 
 # --- SIGHUP -----------------------------------------------------------------------------------
@@ -216,82 +266,52 @@ def reload(receiver: Receiver) -> str:
     return receiver.wait_for_log(r".", 10, before)
 
 
-def test_sighup_brings_a_new_instance_in(receiver: Receiver, pair: Pair) -> None:
-    newcomer = Pair("newcomer")
-    assert receiver.verify(newcomer).status == 400
-    newcomer.write(receiver.keys)
-    reload(receiver)
-    eventually(lambda: receiver.verify(newcomer).status == 200)
-    assert receiver.post(newcomer, signal_payload()).status == 200
-    assert len(receiver.lines("newcomer")) == 1
-    assert receiver.verify(pair).status == 200
-
-
-def test_sighup_takes_an_instance_out(start: Callable[..., Receiver]) -> None:
-    stays, goes = Pair("stays"), Pair("goes")
+def test_sighup_brings_instances_in_and_takes_them_out(start: Callable[..., Receiver]) -> None:
+    stays, goes, newcomer = Pair("stays"), Pair("goes"), Pair("newcomer")
     receiver = start(pairs=(stays, goes))
     body = signal_payload()
-    assert receiver.post(goes, body).status == 200
+    assert receiver.post(goes, body).json == ACCEPTED
+    assert receiver.verify(newcomer).status == 400
+    newcomer.write(receiver.keys)
     for half in ("public", "private"):
         (receiver.keys / f"goes.{half}").unlink()
     reload(receiver)
-    eventually(lambda: receiver.verify(goes).json == {"error": "invalid public key"})
+    eventually(lambda: receiver.verify(newcomer).status == 200)
+    assert receiver.post(newcomer, body).json == ACCEPTED
+    assert receiver.post(stays, body).json == ACCEPTED
     assert receiver.post(goes, body).json == {"error": "invalid public key"}
-    assert receiver.post(stays, signal_payload()).status == 200
+    assert [line["instance"] for line in receiver.lines()] == ["goes", "newcomer", "stays"]
 
 
 def test_sighup_replaces_a_pair_and_a_repeat_is_still_known(receiver: Receiver, pair: Pair) -> None:
     body = signal_payload()
-    assert receiver.post(pair, body).status == 200
+    assert receiver.post(pair, body).json == ACCEPTED
     renewed = Pair(pair.name).write(receiver.keys)
     reload(receiver)
     eventually(lambda: receiver.verify(renewed).status == 200)
     assert receiver.verify(pair).json == {"error": "invalid public key"}
-    assert receiver.post(renewed, body).status == 200
-    assert len(receiver.lines(pair.name)) == 1
-
-
-@pytest.fixture(scope="module")
-def lasting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Receiver]:
-    """One receiver that is told to reload one fault after the other."""
-    receiver = Receiver(tmp_path_factory.mktemp("reload"), pairs=(OLD,))
-    yield receiver
-    receiver.kill()
-
-
-OLD = Pair("my-app")
-
-
-@pytest.mark.parametrize("case", FAULTY)
-def test_faulty_keys_on_sighup_leave_the_old_ones_in_force_and_the_log_says_why(
-    lasting: Receiver, case: str
-) -> None:
-    files, named = FAULTY[case]
-    newcomer = Pair("newcomer").write(lasting.keys)
-    write(lasting.keys, **files)
-    before = len(lasting.log)
-    lasting.signal(signal.SIGHUP)
-    try:
-        lasting.wait_for_log(re.escape(named), 10, before)
-    finally:
-        for name in files:
-            (lasting.keys / name).unlink()
-    assert lasting.verify(OLD).body.decode() == OLD.sign(b"a challenge")
-    assert lasting.verify(newcomer).status == 400
-    assert lasting.post(OLD, signal_payload()).status == 200
-    assert not any("Traceback" in line for line in lasting.log)
+    assert receiver.post(renewed, body).json == ACCEPTED
+    assert len(receiver.lines()) == 1
 
 
 def test_a_keys_directory_that_went_away_leaves_the_old_keys_in_force(
     receiver: Receiver, pair: Pair
 ) -> None:
-    receiver.keys.rename(receiver.keys.with_name("moved-away"))
+    aside = receiver.keys.rename(receiver.keys.with_name("moved-away"))
     reload(receiver)
     assert receiver.verify(pair).status == 200
-    receiver.keys.with_name("moved-away").rename(receiver.keys)
+    aside.rename(receiver.keys)
     newcomer = Pair("newcomer").write(receiver.keys)
     reload(receiver)
     eventually(lambda: receiver.verify(newcomer).status == 200)
+
+
+# --- What the log shows of keys ---------------------------------------------------------------
+
+
+def fingerprint(key: str) -> str:
+    """What the log shows of a public key."""
+    return hashlib.sha256(key.encode()).hexdigest()[:6]
 
 
 def test_no_key_is_ever_logged(start: Callable[..., Receiver]) -> None:
@@ -312,5 +332,29 @@ def test_no_key_is_ever_logged(start: Callable[..., Receiver]) -> None:
     assert receiver.stop() == 0
     text = "\n".join(receiver.log)
     for key in (pair.public, pair.private, stranger.public):
-        assert key not in text
         assert key[:16] not in text
+
+
+def test_an_unknown_public_key_and_each_of_its_own_are_logged_by_the_same_six_digits(
+    start: Callable[..., Receiver],
+) -> None:
+    own = (Pair("one"), Pair("two@a"), Pair("two@b"))
+    stranger = Pair("stranger")
+    receiver = start(pairs=own)
+    for pair in own:
+        receiver.wait_for_log(rf"{pair.name[:3]}.*\b{fingerprint(pair.public)}\b", 5)
+    assert receiver.post(stranger, signal_payload()).status == 400
+    receiver.wait_for_log(rf"\b{fingerprint(stranger.public)}\b", 5)
+
+
+@pytest.mark.parametrize("way", ["Verify", "a signal"])
+def test_a_public_key_that_is_a_private_key_here_is_logged_as_a_swapped_pair(
+    start: Callable[..., Receiver], way: str
+) -> None:
+    right = Pair("my-app")
+    receiver = start(pairs=(Pair("other"), Pair("my-app", right.private, right.public)))
+    before = len(receiver.log)
+    answer = receiver.verify(right) if way == "Verify" else receiver.post(right, signal_payload())
+    assert (answer.status, answer.json) == (400, {"error": "invalid public key"})
+    line = receiver.wait_for_log("(?i)swap", 5, before)
+    assert "my-app" in line

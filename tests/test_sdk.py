@@ -1,33 +1,19 @@
 """The vendor's own SDK and another party's JOSE library, both in Node, against the receiver.
 
-They are found in `node_modules` beside liveapi_server.py, or where LIVEAPI_NODE_MODULES says:
-
-    npm install --no-save notificare-live-api-node jose
+Run: npm install --no-save notificare-live-api-node jose; .venv/bin/pytest tests/test_sdk.py
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-from harness import ACCEPTED, ROOT, Pair, Receiver, payload_id, signal_payload
+from harness import ACCEPTED, Pair, Receiver, payload_id, signal_payload
 from peers import stored_text
-
-MODULES = Path(os.environ.get("LIVEAPI_NODE_MODULES", ROOT / "node_modules"))
-NODE = shutil.which("node")
-
-
-def needs(package: str) -> Any:
-    there = NODE is not None and (MODULES / package).is_dir()
-    return pytest.mark.skipif(
-        not there, reason=f"needs node, and {package} from npm in {MODULES} or LIVEAPI_NODE_MODULES"
-    )
+from tools import MODULES, NODE, needs
 
 
 def node(directory: Path, script: str, task: dict[str, Any]) -> Any:
@@ -127,19 +113,18 @@ def test_what_the_vendors_sdk_signs_is_stored_and_what_it_finds_invalid_is_refus
     found = node(tmp_path, SIGNALS, {**keys(receiver, pair), "signals": signals})
     assert found[:5] == [[True, 200, ACCEPTED]] * 5
     assert found[5:] == [[False, 400, {"error": "invalid signature"}]] * 5
-    assert receiver.ids("my-app") == [payload_id(text.encode()) for text in good]
+    assert receiver.ids() == [payload_id(text.encode()) for text in good]
     for text in good:
-        assert stored_text(receiver, "my-app", payload_id(text.encode())) == text.encode()
+        assert stored_text(receiver, payload_id(text.encode())) == text.encode()
 
 
 @needs("jose")
 @needs("notificare-live-api-node")
 def test_what_the_jose_package_encrypts_is_decrypted_and_stored(
-    start: Callable[..., Receiver], pair: Pair, tmp_path: Path
+    receiver: Receiver, pair: Pair, tmp_path: Path
 ) -> None:
-    receiver = start()
     payloads = [signal_payload(text=text).decode() for text in ("plain", "é€😀", "\u2028", "")]
     found = node(tmp_path, ENCRYPTED, {**keys(receiver, pair), "payloads": payloads})
     assert found == [[200, ACCEPTED]] * len(payloads)
     for text in payloads:
-        assert stored_text(receiver, "my-app", payload_id(text.encode())) == text.encode()
+        assert stored_text(receiver, payload_id(text.encode())) == text.encode()

@@ -1,12 +1,30 @@
-"""Debian's tools that some tests need, and the marks that skip them where they are missing."""
+"""What some tests need beside Python, and the marks that skip them where it is missing.
+
+Debian's packages by their names; npm's are looked for in `node_modules` beside liveapi_server.py,
+or where LIVEAPI_NODE_MODULES says: npm install --no-save notificare-live-api-node jose
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from harness import ROOT
 
 LIBFAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))), None)
 needs_faketime = pytest.mark.skipif(LIBFAKETIME is None, reason="needs Debian's libfaketime")
 needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="needs Debian's strace")
+
+NODE = shutil.which("node")
+MODULES = Path(os.environ.get("LIVEAPI_NODE_MODULES", ROOT / "node_modules"))
+
+
+def needs(package: str) -> Any:
+    """The mark of a test that needs node and this package of npm."""
+    there = NODE is not None and (MODULES / package).is_dir()
+    return pytest.mark.skipif(
+        not there, reason=f"needs node, and {package} from npm in {MODULES} or LIVEAPI_NODE_MODULES"
+    )

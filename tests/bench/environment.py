@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))  # the tests' harness: key pairs, ids
 PEERS = HERE / "peers"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "liveapi-server-bench"
 
@@ -19,7 +20,7 @@ PEERS_PYTHON = CACHE / f"python-{BUILD}" / "bin/python"
 NODE_MODULES = CACHE / "node/node_modules"
 GO_PROGRAM = CACHE / "go-peer"
 
-DEBIAN_PACKAGES = {"wrk": "wrk", "go": "golang-go", "node": "nodejs", "npm": "npm"}
+DEBIAN_PACKAGES = {"go": "golang-go", "node": "nodejs", "perf": "linux-perf"}  # else its name
 PROGRAMS = {"receiver": {"wrk"}, "python": set(), "node": {"node", "npm"}, "go": {"go"}}
 UNSYNCED_FILESYSTEMS = {"tmpfs", "ramfs", "overlay"}
 
@@ -35,9 +36,9 @@ def run(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | Non
     return done.stdout
 
 
-def _need_programs(names: set[str]) -> None:
+def need_programs(names: set[str]) -> None:
     """Install what is missing from Debian, or say what to install."""
-    missing = sorted(DEBIAN_PACKAGES[name] for name in names if not shutil.which(name))
+    missing = sorted(DEBIAN_PACKAGES.get(each, each) for each in names if not shutil.which(each))
     if not missing:
         return
     if os.geteuid() != 0 or not shutil.which("apt-get"):
@@ -62,7 +63,7 @@ def _once(directory: Path, recipe: Path, *commands: list[str]) -> None:
 def prepare(kinds: set[str]) -> None:
     """Install and build what servers of these kinds need."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    _need_programs(set().union(*(PROGRAMS[kind] for kind in kinds)))
+    need_programs(set().union(*(PROGRAMS[kind] for kind in kinds)))
     if "python" in kinds:
         recipe = PEERS / "requirements.txt"
         venv = [sys.executable, "-m", "venv", "."]
@@ -94,56 +95,42 @@ def receiver_python(wanted: str) -> Path:
     return home / "bin/python"
 
 
-def python_facts(python: Path) -> dict[str, object]:
+def python_facts(python: Path) -> str:
     code = """if True:
-        import json, sys, cryptography
-        gil = getattr(sys, "_is_gil_enabled", lambda: True)()
-        print(json.dumps({"python": sys.version.split()[0], "gil": gil,
-                          "cryptography": cryptography.__version__}))"""
-    facts: dict[str, object] = json.loads(run(python, "-c", code))
-    return facts
+        import platform, sys, cryptography
+        free = "" if getattr(sys, "_is_gil_enabled", lambda: True)() else ", free-threaded"
+        print(f"Python {platform.python_version()}{free}, cryptography {cryptography.__version__}")
+    """
+    return run(python, "-c", code).strip()
 
 
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
-def filesystem(directory: Path) -> str:
-    return run("findmnt", "--noheadings", "--output", "FSTYPE", "--target", directory).strip()
-
-
-def facts(python: Path, directory: Path) -> dict[str, object]:
+def machine(directory: Path) -> str:
     """What the figures were measured on."""
-    kind = filesystem(directory)
+    kind = run("findmnt", "--noheadings", "--output", "FSTYPE", "--target", directory).strip()
     if kind in UNSYNCED_FILESYSTEMS:
         print(f"WARNING: {directory} is on {kind}: a sync there may cost nothing", file=sys.stderr)
-    return {
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "kernel": platform.release(),
-        "filesystem": kind,
-        "receiver": {**python_facts(python), "path": str(python)},
-    }
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    cpu = names[0] if names else platform.machine()
+    return f"{os.cpu_count()} cores ({cpu}), Linux {platform.release()}, {kind}"
 
 
-def versions(kinds: set[str]) -> dict[str, str]:
+def versions(kinds: set[str]) -> str:
     """The versions of what the servers of these kinds are made of."""
-    found = {}
+    found = []
     if "python" in kinds:
-        found["peers' python"] = run(PEERS_PYTHON, "-V").split()[1]
         wanted = (PEERS / "requirements.txt").read_text().split()
-        for line in run(PEERS_PYTHON, "-m", "pip", "freeze").splitlines():
-            name, _, version = line.partition("==")
-            if name.lower() in wanted:
-                found[name.lower()] = version
+        frozen = run(PEERS_PYTHON, "-m", "pip", "freeze").lower().splitlines()
+        found += [run(PEERS_PYTHON, "-V").strip()]
+        found += [line.replace("==", " ") for line in frozen if line.partition("==")[0] in wanted]
     if "node" in kinds:
-        found["node"] = run("node", "--version").strip().removeprefix("v")
+        found.append(f"node {run('node', '--version').strip()}")
         for name in json.loads((PEERS / "package.json").read_text())["dependencies"]:
-            manifest = NODE_MODULES / name / "package.json"
-            found[name] = json.loads(manifest.read_text())["version"]
+            manifest = json.loads((NODE_MODULES / name / "package.json").read_text())
+            found.append(f"{name} {manifest['version']}")
     if "go" in kinds:
-        found["go"] = run("go", "version").split()[2].removeprefix("go")
-    return found
+        found.append(run("go", "version").split()[2])
+    return ", ".join(found)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import hmac
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+
+from harness import Pair
 
 FASTEST = 60_000  # signals per second that a pool must last for: no server here takes more
 
-BODY_BYTES = 500
-SIGNATURE_BYTES = 44
-PUBLIC_KEY_BYTES = 64
+PUBLIC_KEY_BYTES, SIGNATURE_BYTES, BODY_BYTES = SIZES = (64, 44, 500)
 
 TEMPLATE = (
     '{"service":"My Service","type":"re.notifica.event.notification.Open","data":{"id":"%s",'
@@ -23,22 +20,6 @@ TEMPLATE = (
 FILLER = "x" * (
     BODY_BYTES - len(TEMPLATE % ("i" * 24, "d" * 32, 0, "s" * 32, "n" * 24, "", 10**12))
 )
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A throw-away key pair."""
-
-    name: str
-    public: str = field(default_factory=lambda: secrets.token_hex(PUBLIC_KEY_BYTES // 2))
-    private: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
-
-    def write(self, keys: Path) -> None:
-        keys.mkdir(parents=True, exist_ok=True)
-        (keys / f"{self.name}.public").write_text(self.public)
-        private = keys / f"{self.name}.private"
-        private.touch(0o600)
-        private.write_text(self.private)
 
 
 def body(number: int) -> bytes:
@@ -52,49 +33,27 @@ class Pool:
     """A file of records of one length, read by post.lua: public key, signature, body."""
 
     path: Path
-    count: int
 
     @classmethod
     def make(cls, path: Path, pairs: list[Pair], count: int) -> Pool:
         """The signals go to the pairs in turn."""
-        keys = [(pair.public.encode(), pair.private.encode()) for pair in pairs]
         with path.open("wb") as out:
             for number in range(count):
-                public, private = keys[number % len(keys)]
-                signal = body(number)
-                mac = base64.b64encode(hmac.digest(private, signal, "sha256"))
-                out.write(public + mac + signal)
-        return cls(path, count)
+                pair, signal = pairs[number % len(pairs)], body(number)
+                out.write(pair.public.encode() + pair.sign(signal).encode() + signal)
+        return cls(path)
 
     def requests(self, first: int, count: int) -> list[bytes]:
         """Whole HTTP requests, for the few that are sent without wrk."""
         found = []
-        size = PUBLIC_KEY_BYTES + SIGNATURE_BYTES + BODY_BYTES
         with self.path.open("rb") as records:
-            records.seek(first * size)
+            records.seek(first * sum(SIZES))
             for _ in range(count):
-                head = (
+                public, signature, signal = map(records.read, SIZES)
+                found.append(
                     b"POST /live HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+                    b"Content-Length: %d\r\nx-notificare-public-key: %b\r\n"
+                    b"x-notificare-signature: %b\r\n\r\n%b"
+                    % (len(signal), public, signature, signal)
                 )
-                head += b"Content-Length: %d\r\n" % BODY_BYTES
-                head += b"x-notificare-public-key: " + records.read(PUBLIC_KEY_BYTES) + b"\r\n"
-                head += b"x-notificare-signature: " + records.read(SIGNATURE_BYTES) + b"\r\n\r\n"
-                found.append(head + records.read(BODY_BYTES))
         return found
-
-
-def write_old_log(path: Path, instance: str, lines: int) -> None:
-    """A log as earlier signals would have left it, to start a receiver on."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as out:
-        for number in range(lines):
-            signal = body(number)
-            out.write(
-                b'{"received_at":"2026-01-01T00:00:00.%06dZ","instance":"%s","id":"%s","signal":%s}\n'
-                % (
-                    number % 1_000_000,
-                    instance.encode(),
-                    hashlib.sha256(signal).hexdigest()[:32].encode(),
-                    signal,
-                )
-            )

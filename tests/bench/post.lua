@@ -37,8 +37,8 @@ end
 function done(summary, latency)
   local errors = summary.errors
   io.write(string.format(
-    'BENCH {"answered":%d,"taken":%d,"seconds":%.6f,"refused":%d,"broken":%d,"p50_us":%d,"p99_us":%d,"max_us":%d}\n',
+    'BENCH {"answered":%d,"taken":%d,"seconds":%.6f,"refused":%d,"broken":%d,"p50_us":%d,"p99_us":%d}\n',
     summary.requests, workers[1]:get("taken"), summary.duration / 1e6, errors.status,
     errors.connect + errors.read + errors.write + errors.timeout,
-    latency:percentile(50), latency:percentile(99), latency.max))
+    latency:percentile(50), latency:percentile(99)))
 end

@@ -1,36 +1,54 @@
-"""Where the receiver's processor time goes under load, as perf sees it.
+"""Where the receiver's processor time goes under load, and what it asks of the kernel.
 
-    python tests/bench/profile_receiver.py [CONNECTIONS ...]
+    python tests/bench/profile_receiver.py [CONNECTIONS ...]        (16 64 16new; default 1 16 64)
 
 Needs root and Debian's linux-perf. A share is of the samples in the receiver's threads; what the
-kernel does is told by system call.
+kernel does is told by system call. Calls are counted by the kernel's tracepoints, which slow the
+receiver far less than strace would. BENCH_PROGRAM names another liveapi_server.py.
 """
 
 from __future__ import annotations
 
+import os
 import re
-import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-import threading
+import time
 from collections import Counter
 from pathlib import Path
 
 import environment
 import report
-from load import Scenario, fire
-from pool import FASTEST, Pair, Pool
-from servers import receiver, running
+from harness import Pair
+from pool import FASTEST, Pool
+from servers import PROGRAM, Running, receiver, running
+from wrk import SCENARIOS, Measured, fire
 
 SECONDS = 2
-CALLS = ("fdatasync", "sendto", "recvfrom", "epoll_wait", "write", "newfstatat", "futex")
+CALLS = "futex fdatasync write recvfrom sendto accept4 shutdown close poll epoll_wait".split()
+CALLS += "newfstatat fstatfs statfs clock_nanosleep".split()
 CRYPTO = ("libcrypto", "_hashlib")
+TRACEPOINTS = {"all system calls": "raw_syscalls:sys_enter"} | {
+    call: f"syscalls:sys_enter_{call}" for call in CALLS
+}
 
 
-def sample(pid: int, data: Path) -> None:
-    command = ["perf", "record", "-q", "-g", "-e", "cpu-clock", "-F", "4000", "-p", str(pid)]
-    subprocess.run([*command, "-o", data, "--", "sleep", str(SECONDS - 0.5)], check=True)
+def watched(
+    command: list[str], server: Running, pool: Pool, first: int, scenario: str
+) -> tuple[str, Measured]:
+    """perf at work beside a load: what perf said, and what was measured."""
+    perf = subprocess.Popen(
+        ["perf", *command, "-p", str(server.process.pid)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(0.5)  # it attaches to each thread first
+    measured = fire(server, pool, first, scenario, SECONDS)
+    perf.send_signal(signal.SIGINT)
+    return perf.communicate()[1], measured
 
 
 def shares(data: Path) -> Counter[str]:
@@ -49,33 +67,46 @@ def shares(data: Path) -> Counter[str]:
     return found
 
 
+def profile(scenario: str, work: Path, pair: Pair, pool: Pool) -> dict[str, str]:
+    """A column of the table: where the time goes, then what is counted for each signal."""
+    program = Path(os.environ.get("BENCH_PROGRAM", PROGRAM)).resolve()
+    server = receiver(environment.receiver_python(sys.executable), program=program)
+    data = work / "perf.data"
+    record = ["record", "-q", "-g", "-e", "cpu-clock", "-F", "4000", "-o", str(data)]
+    events = ",".join(TRACEPOINTS.values())
+    with running(server, work / scenario, [pair]) as started:
+        taken = fire(started, pool, 0, scenario, 1).taken
+        _, sampled = watched(record, started, pool, taken, scenario)
+        taken += sampled.taken
+        slept = started.wake_ups()
+        said, counted = watched(["stat", "-x", ",", "-e", events], started, pool, taken, scenario)
+        slept = started.wake_ups() - slept
+    found = shares(data)
+    counts = {line.split(",")[2]: line.split(",")[0] for line in said.splitlines() if "," in line}
+    column = {}
+    for name in ("Python", "cryptography", *CALLS, "the rest of the kernel", "all system calls"):
+        share = f"{found[name] / found.total():.0%}" if name in found else ""
+        made = int(counts.get(TRACEPOINTS.get(name, ""), 0)) / counted.answered
+        column[name] = f"{share}{f' · {made:.2f}' if made >= 0.005 else ''}"
+    column["times that a thread slept and was woken"] = f"{slept / counted.answered:.2f}"
+    column["CPU µs/signal, sampled"] = f"{sampled.cpu_us:.0f}"
+    column["signals/s, counted"] = f"{counted.rate:,.0f}"
+    return column
+
+
 def main() -> None:
-    if not shutil.which("perf"):
-        raise SystemExit("this needs: apt-get install linux-perf")
+    environment.need_programs({"perf"})
     environment.prepare({"receiver"})
-    server, pair = receiver(environment.receiver_python(sys.executable)), Pair("bench")
-    scenarios = [Scenario.parse(text) for text in sys.argv[1:] or ("1", "16", "64")]
-    found, costs = {}, {}
+    scenarios = sys.argv[1:] or ["1", "16", "64"]
     with tempfile.TemporaryDirectory(prefix="profile-", dir=environment.CACHE) as name:
-        work = Path(name)
-        pool = Pool.make(work / "pool", [pair], FASTEST * (SECONDS + 1))
-        for scenario in scenarios:
-            with running(server, work / str(scenario), [pair]) as started:
-                warm = fire(started, pool, 0, scenario, 1)
-                arguments = (started.process.pid, work / "perf.data")
-                sampling = threading.Thread(target=sample, args=arguments)
-                sampling.start()
-                costs[scenario] = fire(started, pool, warm.taken, scenario, SECONDS).cpu_us
-                sampling.join()
-            found[scenario] = shares(work / "perf.data")
-    names = ["Python", "cryptography", *CALLS, "the rest of the kernel"]
-    rows = [
-        [name, *(f"{found[each][name] / found[each].total():.0%}" for each in scenarios)]
-        for name in names
-    ]
-    rows.append(["CPU µs/signal, with perf", *(f"{costs[each]:.0f}" for each in scenarios)])
-    heads = ["share of the receiver's processor time", *(each.title for each in scenarios)]
-    print("\n".join(report.table(heads, rows)))
+        work, pair = Path(name), Pair("bench")
+        pool = Pool.make(work / "pool", [pair], FASTEST * (2 * SECONDS + 1))
+        columns = [profile(scenario, work, pair, pool) for scenario in scenarios]
+    rows = ([name, *(column[name] for column in columns)] for name in columns[0])
+    shown = (row for row in rows if any(row[1:]))
+    heads = ["share of the processor time · calls for a signal"]
+    heads += [SCENARIOS[each] for each in scenarios]
+    print("\n".join(report.table(heads, shown)))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
 """The receiver beside other servers: signals per second, latency, processor time, memory.
 
     python tests/bench/run.py [--rounds N] [--seconds N] [--peers NAMES] [--connections LIST]
-                              [--python INTERPRETERS] [--parts rates,footprint,growth]
+        [--python INTERPRETERS] [--before FILE] [--parts rates,instances,footprint]
 
-Sets the peers up in a cache directory of its own, runs every server alone, several rounds in
-alternating order, with signals that are never sent twice to the same log, and checks after each
-run that the log holds what was acknowledged. Prints Markdown, and leaves it in results/ with a
-JSON file of every figure.
+README.md in this directory says what is measured and how. Prints Markdown, and leaves it in
+results/ with a JSON file of every figure.
 """
 
 from __future__ import annotations
@@ -18,22 +16,21 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
 import environment
 import report
-from footprint import footprint, growth
-from load import Measured, Scenario, bare_sync, check_log, fire
-from pool import FASTEST, Pair, Pool
-from servers import DEFAULT_PEERS, PEERS, Server, receiver, running
+from footprint import footprint, instances
+from harness import Pair
+from pool import FASTEST, Pool
+from servers import PEERS, Server, receiver, running
+from wrk import SCENARIOS, bare_sync, check_log, fire
 
 RESULTS = environment.HERE / "results"
-PARTS = ("rates", "footprint", "growth")
-WARM_UP = Scenario(16)
-INSTANCES = 50
+PARTS = ("rates", "instances", "footprint")
 
 
 def options() -> argparse.Namespace:
@@ -42,13 +39,7 @@ def options() -> argparse.Namespace:
             raise ValueError
         return int(text)
 
-    def scenarios(text: str) -> list[Scenario]:
-        try:
-            return [Scenario.parse(part) for part in text.split(",")]
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    def names(known: tuple[str, ...]) -> Callable[[str], list[str]]:
+    def names(known: Iterable[str]) -> Callable[[str], list[str]]:
         def listed(text: str) -> list[str]:
             chosen = [name for name in text.split(",") if name]
             if set(chosen) - set(known):
@@ -57,56 +48,50 @@ def options() -> argparse.Namespace:
 
         return listed
 
-    parser = argparse.ArgumentParser(description="Measure the receiver beside other servers.")
-    parser.add_argument("--rounds", type=positive, default=5, metavar="N")
-    parser.add_argument(
-        "--seconds", type=positive, default=2, metavar="N", help="of load for each figure"
-    )
-    parser.add_argument(
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--rounds", type=positive, default=5, metavar="N")
+    add("--seconds", type=positive, default=2, metavar="N", help="of load for each figure")
+    add(
         "--peers",
-        type=names(tuple(PEERS)),
-        default=list(DEFAULT_PEERS),
+        type=names(PEERS),
+        default=list(PEERS),
         metavar="NAMES",
         help=f"some of {','.join(PEERS)}; empty: the receiver alone",
     )
-    parser.add_argument(
+    add(
         "--connections",
-        type=scenarios,
-        default=scenarios("1,16,64,16new"),
+        type=names(SCENARIOS),
+        default=list(SCENARIOS),
         metavar="LIST",
-        help="numbers; 16new is 16 with a new connection for each signal (default 1,16,64,16new)",
+        help=f"some of {','.join(SCENARIOS)} (new: a new connection for each signal)",
     )
-    parser.add_argument(
+    add(
         "--python",
         default=sys.executable,
         metavar="INTERPRETERS",
         help="that run the receiver, the first of them in every part (default: this one)",
     )
-    parser.add_argument("--parts", type=names(PARTS), default=list(PARTS), metavar="LIST")
+    add("--before", type=Path, metavar="FILE", help="an earlier liveapi_server.py, as a peer")
+    add("--parts", type=names(PARTS), default=list(PARTS), metavar="LIST")
     return parser.parse_args()
 
 
 def one_run(
-    server: Server,
-    directory: Path,
-    pair: Pair,
-    pool: Pool,
-    *,
-    scenarios: list[Scenario],
-    seconds: int,
-) -> tuple[float, dict[str, Measured]]:
-    """A server from start to stop: the time to its first answer, and each scenario's figures."""
+    server: Server, directory: Path, pair: Pair, pool: Pool, chosen: argparse.Namespace
+) -> dict[str, object]:
+    """A server from start to stop: each scenario's figures."""
     found = {}
     with running(server, directory, [pair]) as started:
-        warm_up = fire(started, pool, 0, WARM_UP, 1)
+        warm_up = fire(started, pool, 0, "16", 1)
         taken = warm_up.taken
-        for scenario in scenarios:
-            found[str(scenario)] = fire(started, pool, taken, scenario, seconds)
-            taken += found[str(scenario)].taken
+        for scenario in chosen.connections:
+            found[scenario] = fire(started, pool, taken, scenario, chosen.seconds)
+            taken += found[scenario].taken
     if server.stores:
         check_log(directory / "signals", [warm_up, *found.values()])
     shutil.rmtree(directory)
-    return started.ready_seconds, found
+    return {scenario: asdict(measured) for scenario, measured in found.items()}
 
 
 def rounds_of(
@@ -118,21 +103,10 @@ def rounds_of(
     for number in range(chosen.rounds):
         turn = number % len(names)
         order = [*names[turn:], *names[:turn]][:: -1 if number % 2 else 1]
-        result: dict[str, object] = {"sync": bare_sync(work), "order": order}
+        result: dict[str, object] = {"sync_ms": bare_sync(work)}
         for name in order:
             print(f"round {number + 1} of {chosen.rounds}: {name}", file=sys.stderr)
-            ready, measured = one_run(
-                servers[name],
-                work / f"{name}-{number}",
-                pair,
-                pool,
-                scenarios=chosen.connections,
-                seconds=chosen.seconds,
-            )
-            result[name] = {
-                "ready_seconds": ready,
-                "scenarios": {key: asdict(value) for key, value in measured.items()},
-            }
+            result[name] = one_run(servers[name], work / f"{name}-{number}", pair, pool, chosen)
         found.append(result)
     return found
 
@@ -147,42 +121,39 @@ def main() -> None:
     python, *others = map(environment.receiver_python, chosen.python.split(","))
     servers = {"receiver": receiver(python)}
     for number, other in enumerate(others, 2):
-        version = environment.python_facts(other)["python"]
-        servers[f"receiver-{number}"] = receiver(other, f"the receiver on {other}, {version}")
+        title = f"the receiver on {environment.python_facts(other)}"
+        servers[f"receiver-{number}"] = receiver(other, title)
+    if chosen.before:
+        before = chosen.before.resolve()
+        servers["before"] = receiver(python, f"the receiver before, {before.name}", before)
     servers |= peers
 
     with tempfile.TemporaryDirectory(prefix="run-", dir=environment.CACHE) as name:
-        work = Path(name)
-        pairs = [Pair("bench"), *(Pair(f"bench-{number}") for number in range(2, INSTANCES + 1))]
-        count = FASTEST * (1 + chosen.seconds * len(chosen.connections))
-        began = time.monotonic()
-        pool = Pool.make(work / "pool", pairs[:1], max(count, 150_000))
-        print(f"{pool.count:,} signals made in {time.monotonic() - began:.1f} s", file=sys.stderr)
-        result: dict[str, object] = {
+        work, pair = Path(name), Pair("bench")
+        pool = Pool.make(work / "pool", [pair], FASTEST * (2 + chosen.seconds * len(SCENARIOS)))
+        result: report.Result = {
             "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "options": {"rounds": chosen.rounds, "seconds": chosen.seconds},
-            "connections": {str(each): each.title for each in chosen.connections},
+            "connections": chosen.connections,
             "titles": {name: server.title for name, server in servers.items()},
             "kinds": {name: server.kind for name, server in servers.items()},
-            "machine": environment.facts(python, work),
+            "machine": environment.machine(work),
+            "receiver": f"{environment.python_facts(python)} ({python})",
             "versions": environment.versions(kinds),
         }
         if "rates" in chosen.parts:
-            result["rounds"] = rounds_of(servers, work, pairs[0], pool, chosen)
+            result["rounds"] = rounds_of(servers, work, pair, pool, chosen)
+        if "instances" in chosen.parts:
+            print("instances", file=sys.stderr)
+            count = {"rounds": chosen.rounds, "seconds": chosen.seconds}
+            found = instances(servers["receiver"], work / "instances", pool, pair, **count)
+            result["instances"] = {
+                str(key): [asdict(each) for each in runs] for key, runs in found.items()
+            }
         if "footprint" in chosen.parts:
             print("footprint", file=sys.stderr)
-            found = footprint(servers["receiver"], work / "footprint", pairs[0], pool)
-            result["footprint"] = asdict(found)
-        if "growth" in chosen.parts:
-            print("growth", file=sys.stderr)
-            result["growth"] = growth(
-                servers["receiver"],
-                work / "growth",
-                pool,
-                pairs,
-                rounds=chosen.rounds,
-                seconds=chosen.seconds,
-            )
+            measured = footprint(servers["receiver"], work / "footprint", pair, pool)
+            result["footprint"] = asdict(measured)
     result["minutes"] = round((time.monotonic() - started) / 60, 1)
 
     RESULTS.mkdir(exist_ok=True)

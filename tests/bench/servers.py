@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -14,10 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import environment
-from pool import Pair
+from harness import Pair, free_ports
 
 PROGRAM = environment.HERE.parent.parent / "liveapi_server.py"
-TICKS = os.sysconf("SC_CLK_TCK")
 READY_WITHIN = 20.0
 
 
@@ -32,67 +30,52 @@ class Server:
     stores: bool = True
 
 
-def receiver(python: Path, title: str = "the receiver") -> Server:
-    command = (str(python), str(PROGRAM), "--keys", "keys", "--signals", "signals")
+def receiver(python: Path, title: str = "the receiver", program: Path = PROGRAM) -> Server:
+    command = (str(python), str(program), "--keys", "keys", "--signals", "signals")
     return Server(title, "receiver", (*command, "--port", "{port}"))
 
 
-def _fastapi(title: str, sync: str) -> Server:
-    python = str(environment.PEERS_PYTHON)
-    server = ("-m", "uvicorn", "fastapi_app:app", "--port", "{port}")
-    quick = ("--http", "httptools", "--loop", "uvloop", "--no-access-log")
-    return Server(title, "python", (python, *server, *quick), {"BENCH_SYNC": sync})
+def _python_peer(title: str, *command: str, **env: str) -> Server:
+    return Server(title, "python", (str(environment.PEERS_PYTHON), "-m", *command), env)
 
 
-def _flask(title: str, threads: int) -> Server:
-    python = str(environment.PEERS_PYTHON)
-    server = ("-m", "gunicorn", "flask_app:app", "--bind", "127.0.0.1:{port}")
-    threaded = ("--workers=1", "--worker-class=gthread", f"--threads={threads}")
-    return Server(title, "python", (python, *server, *threaded))
-
-
-def _express(title: str, **env: str) -> Server:
-    command = ("node", str(environment.PEERS / "server.js"), "{port}")
-    return Server(title, "node", command, env, stores=False)
-
-
-def _go(title: str, processors: int) -> Server:
-    command = (str(environment.GO_PROGRAM), "{port}")
-    return Server(title, "go", command, {"GOMAXPROCS": str(processors)})
-
+_UVICORN = ("uvicorn", "fastapi_app:app", "--port", "{port}", "--http", "httptools")
+_UVICORN = (*_UVICORN, "--loop", "uvloop", "--no-access-log")
+_GUNICORN = ("gunicorn", "flask_app:app", "--bind", "127.0.0.1:{port}", "--workers=1")
+_GUNICORN = (*_GUNICORN, "--worker-class=gthread", "--threads=16")
 
 # Each is one process, as the receiver is. The names are those that --peers takes.
 PEERS = {
-    "fastapi": _fastapi("FastAPI, no sync", "none"),
-    "fastapi-sync": _fastapi("FastAPI, sync per line", "loop"),
-    "fastapi-pool": _fastapi("FastAPI, sync per line in a thread pool", "pool"),
-    "flask": _flask("Flask on gunicorn, sync per line", 16),
-    "stdlib": Server(
-        "plain `http.server`, sync per line",
-        "python",
-        (str(environment.PEERS_PYTHON), str(environment.PEERS / "stdlib_app.py"), "{port}"),
+    "fastapi": _python_peer("FastAPI on uvicorn, no sync", *_UVICORN, BENCH_SYNC="no"),
+    "fastapi-sync": _python_peer(
+        "FastAPI on uvicorn, a sync for each line", *_UVICORN, BENCH_SYNC="yes"
     ),
-    "express": _express("Express with the vendor's SDK, stores nothing"),
-    "express-log": _express(
-        "Express with the SDK and a request log, stores nothing", BENCH_REQUEST_LOG="1"
+    "flask": _python_peer("Flask on gunicorn, a sync for each line", *_GUNICORN),
+    "express": Server(
+        "Express with the vendor's SDK, stores nothing",
+        "node",
+        ("node", str(environment.PEERS / "server.js"), "{port}"),
+        stores=False,
     ),
-    "go": _go("Go, group commit, one core", 1),
-    "go2": _go("Go, group commit, two cores", 2),
+    "go": Server(
+        "Go `net/http`, group commit, one core",
+        "go",
+        (str(environment.GO_PROGRAM), "{port}"),
+        {"GOMAXPROCS": "1"},
+    ),
 }
-DEFAULT_PEERS = tuple(name for name in PEERS if name != "stdlib")
 
 
 class Running:
-    """A server that answers; every figure covers its whole process group."""
+    """A server that answers; every figure covers its whole session of processes."""
 
     def __init__(self, server: Server, directory: Path, pair: Pair) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port: int = free.getsockname()[1]
+        [self.port] = free_ports(1)
         self.server = server
         env = {
             "BENCH_PUBLIC": pair.public,
             "BENCH_PRIVATE": pair.private,
-            "BENCH_LOG": str(directory / "signals/bench.jsonl"),
+            "BENCH_LOG": str(directory / "signals/current.jsonl"),
             "NODE_PATH": str(environment.NODE_MODULES),
             "NODE_ENV": "production",
             "PYTHONPATH": str(environment.PEERS),
@@ -132,34 +115,33 @@ class Running:
                 raise SystemExit(f"{self.server.title} does not start:\n{said}")
             time.sleep(0.002)
 
-    def _processes(self) -> Iterator[tuple[Path, list[str]]]:
-        """/proc directory and stat fields, from the state on, of the session's processes."""
+    def _processes(self) -> Iterator[Path]:
+        """The /proc directories of the session's processes."""
         for stat in Path("/proc").glob("[0-9]*/stat"):
             with suppress(OSError):
-                fields = stat.read_text().rpartition(")")[2].split()
-                if int(fields[3]) == self.process.pid:
-                    yield stat.parent, fields
+                if int(stat.read_text().rpartition(")")[2].split()[3]) == self.process.pid:
+                    yield stat.parent
 
     def cpu_seconds(self) -> float:
-        return sum(sum(map(int, fields[11:15])) for _, fields in self._processes()) / TICKS
+        """To the nanosecond: each process has a clock of its own (clock_getcpuclockid(3))."""
+        pids = [int(directory.name) for directory in self._processes()]
+        return sum(time.clock_gettime((~pid << 3) | 2) for pid in pids)
+
+    def _status(self, files: str, name: str) -> int:
+        lines = [
+            line
+            for directory in self._processes()
+            for status in directory.glob(files)
+            for line in status.read_text().splitlines()
+        ]
+        return sum(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
     def resident_mib(self) -> float:
-        kib = 0
-        for directory, _ in self._processes():
-            for line in (directory / "status").read_text().splitlines():
-                if line.startswith("VmRSS:"):
-                    kib += int(line.split()[1])
-        return kib / 1024
+        return self._status("status", "VmRSS") / 1024
 
     def wake_ups(self) -> int:
         """How often its threads have gone to sleep and been woken so far."""
-        count = 0
-        for directory, _ in self._processes():
-            for status in directory.glob("task/*/status"):
-                for line in status.read_text().splitlines():
-                    if line.startswith("voluntary_ctxt_switches:"):
-                        count += int(line.split()[1])
-        return count
+        return self._status("task/*/status", "voluntary_ctxt_switches")
 
     def stop(self) -> None:
         if self.process.poll() is None:

@@ -1,8 +1,10 @@
 """The receiver behind real proxies, with real clients in front of them.
 
-Needs Debian's nginx, caddy, haproxy, curl and nodejs; what is missing is skipped, and says so.
-Between proxy and receiver stands a tap that keeps what the proxy sent, so that a test can tell
-how the request came: which version, chunked or not, over how many connections.
+    pytest tests/proxies      (Debian's nginx-light, caddy, haproxy, curl, nodejs; pip: httpx)
+
+What is missing is skipped, and says so. Between proxy and receiver stands a tap that keeps what
+the proxy sent, so that a test can tell how a request came: which version, chunked or not, over
+how many connections.
 """
 
 from __future__ import annotations
@@ -10,65 +12,39 @@ from __future__ import annotations
 import base64
 import json
 import re
-import shutil
 import socket
-import ssl
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import httpx
-import nginx
 import pytest
-import requests
-from harness import ACCEPTED, ROOT, Pair, Receiver, free_ports, payload_id, signal_payload
-from peers import make_certificate
-
-README = ROOT / "README.md"
-
-SITE = """
-    upstream liveapi {{ server 127.0.0.1:{upstream}; {keep} }}
-    server {{
-        listen 127.0.0.1:{port} ssl; server_name localhost;
-        ssl_certificate {directory}/tls.pem; ssl_certificate_key {directory}/tls.key;
-        location / {{ proxy_pass http://liveapi; {options} }}
-    }}
-"""
-
-HAPROXY = """
-global
-    stats timeout 10s
-defaults
-    mode http
-    timeout connect 5s
-    timeout client 20s
-    timeout server 20s
-    {options}
-frontend front
-    bind 127.0.0.1:{port} ssl crt {directory}/tls.both
-    default_backend liveapi
-backend liveapi
-    http-reuse always
-    server one 127.0.0.1:{upstream}
-"""
-
-CADDY = """
-{{
-    admin off
-    auto_https off
-}}
-https://localhost:{port} {{
-    bind 127.0.0.1
-    tls {directory}/tls.pem {directory}/tls.key
-    reverse_proxy 127.0.0.1:{upstream} {{
-        {options}
-    }}
-}}
-"""
+from attacks import ATTACKS, HIDDEN
+from harness import (
+    ACCEPTED,
+    PROGRAM,
+    Pair,
+    Receiver,
+    eventually,
+    free_ports,
+    payload_id,
+    signal_payload,
+)
+from peers import at_once, make_certificate
+from sites import (
+    KEEPING,
+    PATH,
+    PROXIES,
+    Site,
+    documented_caddy,
+    documented_nginx,
+    need,
+    nginx_command,
+    serve,
+)
 
 NODE = """
 const fs = require('fs');
@@ -90,137 +66,15 @@ const { url, headers, body, chunked } = JSON.parse(fs.readFileSync(0, 'utf8'));
 """
 
 
-class Tap:
-    """A relay that keeps what went through it towards the receiver, one entry a connection."""
-
-    def __init__(self, upstream: int) -> None:
-        self.upstream = upstream
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self.listener.getsockname()[1]
-        self.seen: list[bytearray] = []
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self.listener.accept()
-                server = socket.create_connection(("127.0.0.1", self.upstream), 10)
-            except OSError:
-                return
-            server.settimeout(None)
-            kept = bytearray()
-            self.seen.append(kept)
-            for source, sink, copy in ((client, server, kept), (server, client, None)):
-                threading.Thread(target=self._pump, args=(source, sink, copy), daemon=True).start()
-
-    def _pump(self, source: socket.socket, sink: socket.socket, copy: bytearray | None) -> None:
-        try:
-            while data := source.recv(65536):
-                if copy is not None:
-                    copy += data
-                sink.sendall(data)
-            sink.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass
-
-    def close(self) -> None:
-        self.listener.close()
-
-    @property
-    def bytes(self) -> bytes:
-        return b"".join(bytes(each) for each in self.seen)
-
-
-@dataclass
-class Site:
-    """A proxy, the tap behind it, and the receiver behind that."""
-
-    url: str
-    cafile: str
-    tap: Tap
-    receiver: Receiver
-    pair: Pair
-
-
-def need(program: str) -> None:
-    if not shutil.which(program, path="/usr/sbin:/usr/bin:/usr/local/bin"):
-        pytest.skip(f"{program} is not installed: apt-get install {program}")
-
-
-def config(proxy: str, directory: Path, port: int, upstream: int) -> str:
-    """The configuration of one of the proxies named in PROXIES."""
-    values = {"directory": directory, "port": port, "upstream": upstream}
-    if proxy.startswith("nginx"):
-        keep, options = "", ""  # as it comes: HTTP/1.0 to the upstream, a connection for each
-        if "1.1" in proxy:
-            keep = "keepalive 4;"
-            options = 'proxy_http_version 1.1; proxy_set_header Connection "";'
-        if "unbuffered" in proxy:
-            options += " proxy_request_buffering off;"
-        sites = SITE.format(**values, keep=keep, options=options)
-        return nginx.config(directory, sites)
-    if proxy.startswith("HAProxy"):
-        options = "option httpclose" if "closing" in proxy else "option http-keep-alive"
-        return HAPROXY.format(**values, options=options)
-    options = "flush_interval -1" if "streaming" in proxy else ""
-    return CADDY.format(**values, options=options)
-
-
-def command(proxy: str, file: Path) -> list[str]:
-    if proxy.startswith("nginx"):
-        return nginx.command(file)
-    if proxy.startswith("HAProxy"):
-        return ["/usr/sbin/haproxy", "-db", "-f", str(file)]
-    return ["caddy", "run", "--adapter", "caddyfile", "--config", str(file)]
-
-
 @pytest.fixture
-def behind(tmp_path: Path, pair: Pair, start: Callable[..., Receiver]) -> Iterator[Callable]:
-    """Set up a proxy before a receiver: behind(proxy, text=None) gives a Site."""
-    started: list[subprocess.Popen[bytes]] = []
-    taps = []
-
-    def begin(proxy: str, text: Callable[..., str] | None = None) -> Site:
-        need(proxy.split()[0].lower())
-        tmp_path.chmod(0o755)
-        certificate = make_certificate(tmp_path)
-        certificate.both()
-        receiver = start()
-        tap = Tap(receiver.port)
-        taps.append(tap)
-        (port,) = free_ports(1)
-        file = tmp_path / "proxy.conf"
-        make = text or (lambda *arguments: config(proxy, *arguments))
-        file.write_text(make(tmp_path, port, tap.port))
-        output = (tmp_path / "output.txt").open("w")
-        process = subprocess.Popen(
-            command(proxy, file),
-            cwd=tmp_path,
-            stdout=output,
-            stderr=output,
-            env={"HOME": str(tmp_path), "PATH": "/usr/sbin:/usr/bin:/bin"},
+def behind(
+    tmp_path: Path, pair: Pair, start: Callable[..., Receiver]
+) -> Iterator[Callable[..., Site]]:
+    """Set up a proxy before a receiver: behind(proxy, text=None)."""
+    with ExitStack() as stack:
+        yield lambda proxy, text=None: stack.enter_context(
+            serve(proxy, tmp_path, start("--access-log"), pair, text)
         )
-        started.append(process)
-        site = Site(f"https://localhost:{port}", str(certificate.cert), tap, receiver, pair)
-        deadline = time.monotonic() + 15
-        while True:
-            try:
-                answer = httpx.get(
-                    site.url + "/status", verify=ssl.create_default_context(cafile=site.cafile)
-                )
-                assert answer.json() == {"status": "ok"}
-                return site
-            except httpx.HTTPError:
-                assert process.poll() is None, (tmp_path / "output.txt").read_text()
-                assert time.monotonic() < deadline, (tmp_path / "output.txt").read_text()
-                time.sleep(0.1)
-
-    yield begin
-    for process in started:
-        process.terminate()
-        process.wait(10)
-    for tap in taps:
-        tap.close()
 
 
 # Clients: each gives status and text
@@ -242,25 +96,13 @@ def by_curl(
     return int(status), text
 
 
-def by_requests(
-    site: Site, target: str, headers: dict[str, str], body: bytes | None, chunked: bool
-) -> tuple[int, str]:
-    method = "GET" if body is None else "POST"
-    content = halves(body) if body is not None and chunked else body
-    answer = requests.request(
-        method, site.url + target, headers=headers, data=content, verify=site.cafile, timeout=30
-    )
-    return answer.status_code, answer.text
-
-
 def by_httpx(
     site: Site, target: str, headers: dict[str, str], body: bytes | None, chunked: bool
 ) -> tuple[int, str]:
     method = "GET" if body is None else "POST"
-    content = halves(body) if body is not None and chunked else body
-    trust = ssl.create_default_context(cafile=site.cafile)
+    content = iter([body[:9], body[9:]]) if body is not None and chunked else body
     answer = httpx.request(
-        method, site.url + target, headers=headers, content=content, verify=trust
+        method, site.url + target, headers=headers, content=content, verify=site.trust
     )
     return answer.status_code, answer.text
 
@@ -276,28 +118,14 @@ def by_fetch(
         capture_output=True,
         timeout=30,
         check=False,
-        env={"NODE_EXTRA_CA_CERTS": site.cafile, "PATH": "/usr/bin:/bin:/usr/local/bin"},
+        env={"NODE_EXTRA_CA_CERTS": site.cafile, "PATH": PATH},
     )
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     return answer["status"], answer["text"]
 
 
-def halves(body: bytes) -> Iterator[bytes]:
-    yield body[: len(body) // 2]
-    yield body[len(body) // 2 :]
-
-
-CLIENTS = {"curl": by_curl, "requests": by_requests, "httpx": by_httpx, "Node fetch": by_fetch}
-PROXIES = [
-    "nginx to HTTP/1.0",
-    "nginx to HTTP/1.1",
-    "nginx to HTTP/1.1 unbuffered",
-    "Caddy",
-    "Caddy streaming",
-    "HAProxy",
-    "HAProxy closing",
-]
+CLIENTS = {"curl": by_curl, "httpx": by_httpx, "node": by_fetch}
 
 
 @pytest.mark.parametrize("proxy", PROXIES)
@@ -307,8 +135,8 @@ def test_verify_and_signals_work_through_the_proxy_for_every_client(
     site = behind(proxy)
     sent = []
     for name, client in CLIENTS.items():
-        if name == "Node fetch":
-            need("node")
+        if name != "httpx":
+            need(name)
         challenge = {"x-notificare-public-key": site.pair.public}
         target = "/live?challenge=a%20challenge%2B%3D"
         answer = client(site, target, challenge, None, False)
@@ -328,7 +156,7 @@ def test_verify_and_signals_work_through_the_proxy_for_every_client(
         wrong = {**site.pair.headers(body), "x-notificare-signature": site.pair.sign(b"x")}
         status, text = client(site, "/live", wrong, body, False)
         assert (status, json.loads(text)) == (400, {"error": "invalid signature"}), name
-    assert site.receiver.ids(site.pair.name) == sent
+    assert site.receiver.ids() == sent
     versions = set(re.findall(rb"(?:GET|POST) \S+ HTTP/(1\.[01])\r\n", site.tap.bytes))
     assert versions == {b"1.0" if "HTTP/1.0" in proxy else b"1.1"}
     # Those that stream hand a chunked body on as chunks; nginx as it comes gathers it first.
@@ -336,34 +164,15 @@ def test_verify_and_signals_work_through_the_proxy_for_every_client(
     assert (b"transfer-encoding: chunked" in site.tap.bytes.lower()) == streams
 
 
-@pytest.mark.parametrize("proxy", ["nginx to HTTP/1.1", "Caddy", "HAProxy"])
-def test_the_proxy_keeps_its_connection_to_the_receiver(
-    behind: Callable[..., Site], proxy: str
-) -> None:
-    site = behind(proxy)
-    before = len(site.tap.seen)
-    with httpx.Client(verify=ssl.create_default_context(cafile=site.cafile)) as client:
-        for _ in range(50):
-            body = signal_payload()
-            answer = client.post(site.url + "/live", content=body, headers=site.pair.headers(body))
-            assert answer.json() == ACCEPTED
-            wrong = site.pair.headers(b"x")
-            assert client.post(site.url + "/live", content=body, headers=wrong).status_code == 400
-            assert client.get(site.url + "/nowhere").status_code == 404
-    assert len(site.tap.seen) - before <= 2, "a refused signal costs no connection either"
-
-
 @pytest.mark.parametrize("proxy", PROXIES)
 def test_refusals_come_through_the_proxy_as_they_are(
     behind: Callable[..., Site], proxy: str
 ) -> None:
     site = behind(proxy)
-    body = signal_payload(text="x" * 1_060_000)
-    limit = body[: 1024 * 1024 + 1]
-    trust = ssl.create_default_context(cafile=site.cafile)
-    with httpx.Client(verify=trust) as client:
-        headers = site.pair.headers(limit)
-        assert client.post(site.url + "/live", content=limit, headers=headers).status_code == 413
+    body = signal_payload(text="x" * 1_060_000)[: 1024 * 1024 + 1]
+    with httpx.Client(verify=site.trust) as client:
+        answer = client.post(site.url + "/live", content=body, headers=site.pair.headers(body))
+        assert answer.status_code == 413
         answer = client.request("DELETE", site.url + "/live")
         assert answer.status_code == 405
         assert "POST" in answer.headers["allow"]
@@ -372,84 +181,92 @@ def test_refusals_come_through_the_proxy_as_they_are(
         assert client.get(site.url + "/status").json() == {"status": "ok"}
 
 
-@pytest.mark.parametrize("proxy", ["nginx to HTTP/1.1", "Caddy", "HAProxy"])
-def test_many_clients_at_once_each_signal_stored_once(
+@pytest.mark.parametrize("proxy", KEEPING)
+def test_the_proxy_keeps_its_connection_to_the_receiver_also_after_a_refusal(
+    behind: Callable[..., Site], proxy: str
+) -> None:
+    site = behind(proxy)
+    before = len(site.tap.seen)
+    with httpx.Client(verify=site.trust) as client:
+        for _ in range(50):
+            body = signal_payload()
+            answer = client.post(site.url + "/live", content=body, headers=site.pair.headers(body))
+            assert answer.json() == ACCEPTED
+            wrong = site.pair.headers(b"x")
+            assert client.post(site.url + "/live", content=body, headers=wrong).status_code == 400
+            assert client.get(site.url + "/nowhere").status_code == 404
+    assert len(site.tap.seen) - before <= 2
+
+
+@pytest.mark.parametrize("proxy", KEEPING)
+def test_each_signal_of_many_clients_at_once_is_stored_once(
     behind: Callable[..., Site], proxy: str
 ) -> None:
     site = behind(proxy)
     bodies = [signal_payload() for _ in range(300)]
-    failed: list[object] = []
 
-    def some(mine: list[bytes]) -> None:
-        trust = ssl.create_default_context(cafile=site.cafile)
-        with httpx.Client(verify=trust, timeout=30) as client:
-            for body in mine:
-                headers = site.pair.headers(body)
-                answer = client.post(site.url + "/live", content=body, headers=headers)
-                if answer.status_code != 200:
-                    failed.append(answer)
+    def some(number: int) -> set[int]:
+        with httpx.Client(verify=site.trust, timeout=30) as client:
+            return {
+                client.post(
+                    site.url + "/live", content=body, headers=site.pair.headers(body)
+                ).status_code
+                for body in bodies[number::8]
+            }
 
-    threads = [threading.Thread(target=some, args=(bodies[i::8],)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failed == []
-    assert sorted(site.receiver.ids(site.pair.name)) == sorted(map(payload_id, bodies))
+    assert at_once(8, some) == [{200}] * 8
+    assert sorted(site.receiver.ids()) == sorted(map(payload_id, bodies))
 
 
-# The README's own configurations
+@pytest.mark.parametrize("proxy", KEEPING)
+def test_no_request_is_smuggled_past_the_proxy(behind: Callable[..., Site], proxy: str) -> None:
+    """The proxy forbids /smuggled. The receiver must not see what only it takes for a request."""
+    site = behind(proxy)
 
+    def attack(data: bytes) -> None:
+        with suppress(OSError):
+            plain = socket.create_connection(("127.0.0.1", site.port), 5)
+            with site.trust.wrap_socket(plain, server_hostname="localhost") as connection:
+                connection.sendall(data)
+                connection.settimeout(0.5)
+                while connection.recv(65536):
+                    pass
 
-def documented(language: str) -> str:
-    """The README's block in this language that leads to the receiver."""
-    for block in re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.S):
-        if "127.0.0.1:3014" in block:
-            return str(block)
-    pytest.fail(f"README.md has no ```{language} block with 127.0.0.1:3014")
+    def neighbour(client: httpx.Client, number: int) -> str:
+        """Somebody else's Verify, maybe over a connection that an attack was sent into."""
+        asked = {"challenge": str(number)}
+        key = {"x-notificare-public-key": site.pair.public}
+        return client.get(site.url + "/live", params=asked, headers=key).text
 
-
-def replaced(text: str, old: str, new: str) -> str:
-    changed, count = re.subn(old, lambda _: new, text)
-    assert count, f"nothing like {old} in the README's block:\n{text}"
-    return changed
-
-
-def documented_caddy(directory: Path, port: int, upstream: int) -> str:
-    """With the test's ports and certificate: Caddy would ask a public authority for one."""
-    site = replaced(documented("caddyfile"), "127.0.0.1:3014", f"127.0.0.1:{upstream}")
-    site = replaced(
-        site,
-        r"(?m)^live\.example\.com \{",
-        f"https://localhost:{port} {{\nbind 127.0.0.1\ntls {directory}/tls.pem {directory}/tls.key",
-    )
-    return "{\nadmin off\nauto_https off\n}\n" + site
-
-
-def documented_nginx(directory: Path, port: int, upstream: int) -> str:
-    site = replaced(documented("nginx"), "127.0.0.1:3014", f"127.0.0.1:{upstream}")
-    site = replaced(site, r"listen 443 ssl;", f"listen 127.0.0.1:{port} ssl;")
-    site = replaced(site, r"\S+/fullchain\.pem", f"{directory}/tls.pem")
-    site = replaced(site, r"\S+/privkey\.pem", f"{directory}/tls.key")
-    return nginx.config(directory, site)
+    with httpx.Client(verify=site.trust) as client, ThreadPoolExecutor(8) as pool:
+        assert client.get(site.url + "/smuggled").status_code == 403
+        attacks = pool.map(attack, ATTACKS)
+        for number, _ in enumerate(attacks):
+            assert neighbour(client, number) == site.pair.sign(str(number).encode())
+    assert not [line for line in site.receiver.log if "/smuggled" in line]
+    with socket.create_connection(("127.0.0.1", site.tap.port)) as behind_the_proxy:
+        behind_the_proxy.sendall(HIDDEN)
+        eventually(lambda: any("/smuggled" in line for line in site.receiver.log))
 
 
 @pytest.mark.parametrize(
     ("proxy", "text"), [("Caddy", documented_caddy), ("nginx", documented_nginx)]
 )
-def test_the_configuration_in_the_readme_works(
+def test_the_documented_configuration_works(
     behind: Callable[..., Site], proxy: str, text: Callable[[Path, int, int], str]
 ) -> None:
     site = behind(proxy, text)
     checked = subprocess.run(
-        [sys.executable, str(ROOT / "liveapi_server.py"), "check", site.url + "/live",
-         "--keys", str(site.receiver.keys)],
-        capture_output=True, text=True, timeout=60, check=False,
-        env={"SSL_CERT_FILE": site.cafile, "PATH": "/usr/bin:/bin"},
-    )  # fmt: skip
+        [sys.executable, PROGRAM, "check", site.url + "/live", "--keys", site.receiver.keys],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={"SSL_CERT_FILE": site.cafile, "PATH": PATH},
+    )
     assert checked.returncode == 0, checked.stdout + checked.stderr
     before = len(site.tap.seen)
-    with httpx.Client(verify=ssl.create_default_context(cafile=site.cafile)) as client:
+    with httpx.Client(verify=site.trust) as client:
         for _ in range(20):
             body = signal_payload()
             answer = client.post(site.url + "/live", content=body, headers=site.pair.headers(body))
@@ -458,13 +275,14 @@ def test_the_configuration_in_the_readme_works(
     assert b" HTTP/1.0\r\n" not in site.tap.bytes
 
 
-def test_the_nginx_configuration_in_the_readme_has_no_warning(tmp_path: Path) -> None:
+def test_the_documented_nginx_configuration_has_no_warning(tmp_path: Path) -> None:
     need("nginx")
     make_certificate(tmp_path)
-    (port,) = free_ports(1)
     file = tmp_path / "proxy.conf"
+    [port] = free_ports(1)
     file.write_text(documented_nginx(tmp_path, port, 3014))
-    asked = nginx.command(file, "-t")
-    done = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=False)
+    done = subprocess.run(
+        nginx_command(file, "-t"), capture_output=True, text=True, timeout=20, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "warn" not in done.stderr

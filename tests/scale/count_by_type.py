@@ -28,15 +28,17 @@ from pyspark.sql.functions import (
 )
 from pyspark.sql.streaming.query import StreamingQuery
 
-# A closed segment never changes and is never renamed, so its name alone says what was counted.
-CLOSED_SEGMENTS = "*-????????T??????.??????Z.jsonl"
+# A closed segment never changes, so its name alone says what was counted. Compressed, it has a new
+# name and is read again; its ids are known by then, or it comes too late: nothing counts twice.
+CLOSED_SEGMENTS = "????????T??????.??????Z.jsonl*"
 
 # How a stored line begins. What stands before the signal is the receiver's own and can always be
-# read; a line of a rejected log has a reason in place of the signal and drops out.
+# read; what is no such line drops out.
 STORED = r'^\{"received_at":"([^"]+)","instance":"[^"]+","id":"([0-9a-f]{32})","signal":'
 
 # What is read of the signal. What Spark can't read of it is null, and the signal counts.
 SIGNAL = "signal STRUCT<type: STRING, timestamp: DOUBLE>"
+CHECK = "re.notifica.event.custom.liveapi_check"  # what `check` sends: it counts nowhere
 YEAR_10000 = 253402300800000
 
 # For how long an id is remembered. The watermark is on the time of receipt, not on the signal's
@@ -58,6 +60,7 @@ def distinct_signals(spark: SparkSession, signals: str, segments_per_batch: int)
     at = when(signal.timestamp.between(0, YEAR_10000 - 1), signal.timestamp.cast("long"))
     return (
         lines.where(col("value").rlike(STORED))
+        .where(signal.type.isNull() | (signal.type != CHECK))
         .select(
             regexp_extract("value", STORED, 2).alias("id"),
             to_timestamp(regexp_extract("value", STORED, 1)).alias("received_at"),

@@ -4,7 +4,7 @@ SELECT
     count(DISTINCT id) AS opens,
     count(DISTINCT signal ->> '$.data.deviceID') AS devices
 FROM read_json(
-    'signals/*.jsonl',
+    'signals/*.jsonl*',
     format = 'newline_delimited',
     columns = {id: 'VARCHAR', signal: 'JSON'},
     ignore_errors = true

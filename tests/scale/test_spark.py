@@ -1,4 +1,7 @@
-"""Spark's Structured Streaming over the closed segments of real receivers."""
+"""Spark's Structured Streaming over the closed segments of real receivers, plain and compressed.
+
+pytest tests/scale      (README.md here says what to install)
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import need, python_with, readme_command, readme_examples, replaced
-from harness import ROOT, Pair, Receiver, eventually, payload_id
+from engines import CHECK, ROWS, documented_command, examples, need, python_with, replaced
+from harness import ROOT, Pair, Receiver, eventually, payload_id, signal_payload
 
 TYPES = [
     f"re.notifica.event.{name}"
@@ -36,7 +39,7 @@ class Job:
             pytest.skip("java is missing: apt-get install openjdk-17-jre-headless")
         self.python = python_with("pyspark")
         self.directory = directory
-        self.command = shlex.split(self.moved(readme_command("spark-submit")))
+        self.command = shlex.split(self.moved(documented_command("spark-submit")))
         self.runs: list[subprocess.Popen[bytes]] = []
 
     def moved(self, text: str) -> str:
@@ -48,7 +51,7 @@ class Job:
         need("rsync", "rsync")
         name = receiver.directory.name
         line = replaced(
-            readme_command("rsync"),
+            documented_command("rsync"),
             {
                 "10.0.0.11:/var/lib/liveapi/signals/": f"{receiver.signals}/",
                 "/srv/liveapi/a/": f"/srv/liveapi/{name}/",
@@ -98,14 +101,9 @@ class Job:
 
     def counts(self) -> Counts:
         """What the README's query says of the Parquet files."""
-        [sql] = [each for each in readme_examples("sql") if "/srv/" in each]
-        code = (
-            "import duckdb, json, sys;"
-            "print(json.dumps(duckdb.sql(sys.stdin.read()).fetchall(), default=str))"
-        )
         done = subprocess.run(
-            [python_with("duckdb"), "-c", code],
-            input=self.moved(sql),
+            [python_with("duckdb"), "-c", f"import duckdb, sys; {ROWS}"],
+            input=self.moved(*examples("sql")),
             capture_output=True,
             text=True,
             check=True,
@@ -123,7 +121,7 @@ def job(tmp_path: Path) -> Iterator[Job]:
 def closed_segments(directory: Path) -> list[Path]:
     fetched = sorted(directory.glob("srv/liveapi/*/signals/*"))
     assert all(path.name.endswith("Z.jsonl") for path in fetched)
-    return [path for path in fetched if ".rejected" not in path.name]
+    return fetched
 
 
 def exact_counts(segments: list[Path]) -> Counts:
@@ -133,7 +131,8 @@ def exact_counts(segments: list[Path]) -> Counts:
         for line in segment.read_text().splitlines():
             stored = json.loads(line)
             at = datetime.datetime.fromtimestamp(stored["signal"]["timestamp"] / 1000, datetime.UTC)
-            found[stored["id"]] = (f"{at:%Y-%m-%d %H}:00:00", stored["signal"]["type"])
+            if stored["signal"]["type"] != CHECK:
+                found[stored["id"]] = (f"{at:%Y-%m-%d %H}:00:00", stored["signal"]["type"])
     return Counter(found.values())
 
 
@@ -175,7 +174,7 @@ def test_spark_counts_closed_segments_exactly_across_a_kill_and_a_restart(
             for where, payload in [(to[0], sent[-1]), *again]:
                 answer = receivers[where].post(pair, payload, connection=connections[where])
                 assert answer.status == 200
-        assert receivers[0].post(pair, b"set aside").status == 200
+        assert receivers[0].post(pair, signal_payload(type=CHECK)).status == 200
         for receiver in receivers:
             job.fetch(receiver)
 
@@ -196,13 +195,15 @@ def test_spark_counts_closed_segments_exactly_across_a_kill_and_a_restart(
     assert lines > expected.total() + 100
     assert said[0].endswith(" 0 dropped because they came later than 7 days")
 
-    # Ended by itself and started again: new segments, and a receiver that comes late with two.
+    # Ended by itself and started again: new segments, one that was counted and is now compressed,
+    # and a receiver that comes late with two.
     send(500)
     late = tmp_path / "srv/liveapi/d/signals"
     late.mkdir(parents=True)
-    earlier(segments[0], 6, late / "my-app-20261101T000000.000000Z.jsonl")
+    earlier(segments[0], 6, late / "20261101T000000.000000Z.jsonl")
     on_time = exact_counts(closed_segments(tmp_path))
-    too_late = earlier(segments[0], 8, late / "my-app-20261102T000000.000000Z.jsonl")
+    too_late = earlier(segments[0], 8, late / "20261102T000000.000000Z.jsonl")
+    subprocess.run(["gzip", "--suffix", ".1.gz", segments[1]], check=True)
     said.append(job.finish())
     print(f"{on_time.total()} signals after a second start: {said[1]}")
     assert on_time.total() > expected.total() + 400

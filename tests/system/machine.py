@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -18,20 +19,21 @@ from harness import ROOT, Answer, Pair, eventually, payload_id, signal_payload
 
 CACHE = Path("/var/cache/liveapi-tests")
 PORT = 3014
+CONSOLE_PORT = 3015
+SIGNALS = "/var/lib/liveapi/signals"
 # A VM has these; nspawn grants the last one only to containers with a network of their own.
 CAPABILITY = "CAP_NET_ADMIN"
 
 
-def readme_block(heading: str) -> str:
-    """The first fenced block below a heading of the README."""
-    found = re.search(
-        rf"^#+ {re.escape(heading)}\n(?:(?!^#+ )[^\n]*\n)*?```sh\n(.*?)^```",
-        (ROOT / "README.md").read_text(),
-        re.M | re.S,
-    )
-    if found:
-        return found[1]
-    raise AssertionError(f"the README has no commands below the heading {heading!r}")
+def commands(heading: str, page: str = "README.md", language: str = "sh") -> list[str]:
+    """The fenced blocks below a heading of a page, up to the next heading."""
+    text = (ROOT / page).read_text()
+    section = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
+    assert section, f"{page} has no heading {heading!r}"
+    fenced = re.compile(rf"^ *```{language}\n(.*?)^ *```$", re.M | re.S)
+    found = [textwrap.dedent(block) for block in fenced.findall(section[1])]
+    assert found, f"{page} has no commands below the heading {heading!r}"
+    return found
 
 
 def debian_mirror() -> str:
@@ -133,6 +135,10 @@ class Machine:
         return self.run(f"systemctl show --value -p {name} {unit}").strip()
 
     @property
+    def status_text(self) -> str:
+        return self.show("StatusText")
+
+    @property
     def main_pid(self) -> int:
         return int(self.show("MainPID"))
 
@@ -140,10 +146,10 @@ class Machine:
         return self.run("systemctl is-active liveapi.service", check=False).strip() == "active"
 
     def ids(self, instance: str) -> list[str]:
-        text = self.run(f"cd /var/lib/liveapi/signals && cat {instance}-*Z.jsonl {instance}.jsonl"
-                        " 2>/dev/null || true")  # fmt: skip
+        text = self.run(f"cd {SIGNALS} && cat [0-9]*Z.jsonl current.jsonl 2>/dev/null || true")
         assert text == "" or text.endswith("\n"), text[-200:]
-        return re.findall(r'^\{"received_at":"[^"]*","instance":"[^"]*","id":"(\w+)"', text, re.M)
+        start = rf'^\{{"received_at":"[^"]*","instance":"{instance}","id":"(\w+)"'
+        return re.findall(start, text, re.M)
 
     def reboot(self) -> None:
         assert self.nspawn

@@ -1,21 +1,15 @@
-"""FastAPI on uvicorn. BENCH_SYNC says whether and where each line is synced."""
+"""FastAPI on uvicorn. BENCH_SYNC says whether each line is synced."""
 
 import os
 
 from fastapi import FastAPI, Request
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from work import ACCEPTED, Refused, line_of, open_log
 
-SYNC = os.environ["BENCH_SYNC"]  # none, loop or pool
+SYNC = os.environ["BENCH_SYNC"] == "yes"
 
 app = FastAPI()
 log = open_log()
-
-
-def store(line: bytes) -> None:
-    os.write(log, line)
-    os.fdatasync(log)
 
 
 @app.post("/live")
@@ -29,12 +23,9 @@ async def live(request: Request) -> JSONResponse:
         )
     except Refused as refused:
         return JSONResponse(refused.args[0], 400)
-    if SYNC == "pool":
-        await run_in_threadpool(store, line)
-    elif SYNC == "loop":
-        store(line)
-    else:
-        os.write(log, line)
+    os.write(log, line)
+    if SYNC:
+        os.fdatasync(log)
     return JSONResponse(ACCEPTED)
 
 

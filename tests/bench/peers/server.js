@@ -1,12 +1,10 @@
 // Express with the vendor's SDK, put together the way the vendor's console does it: the body as
 // text, the SDK's validate(), the payload passed on to whoever looks at the page. Nothing is stored.
-// BENCH_REQUEST_LOG=1 adds the console's line per request.
 "use strict";
 
 const { PassThrough } = require("stream");
 const express = require("express");
 const bodyParser = require("body-parser");
-const morgan = require("morgan");
 const { LiveApi } = require("notificare-live-api-node");
 
 const gateway = new LiveApi(process.env.BENCH_PRIVATE, process.env.BENCH_PUBLIC).httpGateway;
@@ -14,9 +12,6 @@ const viewers = new PassThrough({ objectMode: true });
 viewers.resume(); // nobody looks at the page: what is passed on is dropped, and never piles up
 
 const app = express();
-if (process.env.BENCH_REQUEST_LOG === "1") {
-  app.use(morgan(':remote-addr - - [:date] ":method :url HTTP/:http-version" :status'));
-}
 app.use(bodyParser.text({ type: "json" }));
 
 app.post("/live", (request, response) => {

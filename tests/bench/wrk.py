@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import resource
@@ -14,34 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import environment
-from pool import BODY_BYTES, PUBLIC_KEY_BYTES, SIGNATURE_BYTES, Pool
-from servers import TICKS, Running
+from harness import payload_id
+from pool import SIZES, Pool
+from servers import Running
 
-
-@dataclass(frozen=True)
-class Scenario:
-    """So many connections, persistent or a new one for each signal."""
-
-    connections: int
-    new: bool = False
-
-    @classmethod
-    def parse(cls, text: str) -> Scenario:
-        number, new = text.removesuffix("new"), text.endswith("new")
-        if not number.isdigit() or not 0 < int(number) <= 500:
-            raise ValueError(f"{text!r} is neither a number from 1 to 500 nor one followed by new")
-        return cls(int(number), new)
-
-    def __str__(self) -> str:
-        return f"{self.connections}new" if self.new else str(self.connections)
-
-    @property
-    def title(self) -> str:
-        if self.new:
-            return f"{self.connections} connections, a new one for each signal"
-        if self.connections == 1:
-            return "1 persistent connection"
-        return f"{self.connections} persistent connections"
+SCENARIOS = {
+    "1": "1 connection",
+    "16": "16 connections",
+    "64": "64 connections",
+    "16new": "16 connections, a new one for each signal",
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +30,6 @@ class Measured:
     rate: float  # signals acknowledged per second
     p50_ms: float
     p99_ms: float
-    max_ms: float
     cpu_us: float  # processor time of the server per signal
     others: float  # cores that neither the server nor wrk kept busy, but something else did
     resident_mib: float
@@ -62,7 +42,7 @@ def _machine_seconds() -> float:
     user, nice, system, _idle, _iowait, irq, softirq, steal = map(
         int, Path("/proc/stat").read_text().split()[1:9]
     )
-    return (user + nice + system + irq + softirq + steal) / TICKS
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def _children_seconds() -> float:
@@ -70,14 +50,13 @@ def _children_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def fire(server: Running, pool: Pool, first: int, scenario: Scenario, seconds: int) -> Measured:
+def fire(server: Running, pool: Pool, first: int, scenario: str, seconds: int) -> Measured:
     """wrk with the pool's signals from `first` on; SystemExit unless every answer is a 2xx."""
-    sizes = map(str, (PUBLIC_KEY_BYTES, SIGNATURE_BYTES, BODY_BYTES))
-    command = ["wrk", "--threads=1", f"--connections={scenario.connections}"]
+    command = ["wrk", "--threads=1", f"--connections={scenario.removesuffix('new')}"]
     command += [f"--duration={seconds}s", "--timeout=10s", "--latency"]
     command += ["--script", str(environment.HERE / "post.lua")]
-    command += [f"http://127.0.0.1:{server.port}/live", "--", str(pool.path), str(first), *sizes]
-    command += ["close" if scenario.new else "keep"]
+    command += [f"http://127.0.0.1:{server.port}/live", "--", str(pool.path), str(first)]
+    command += [*map(str, SIZES), "close" if scenario.endswith("new") else "keep"]
     cpu, machine, wrk = server.cpu_seconds(), _machine_seconds(), _children_seconds()
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     cpu = server.cpu_seconds() - cpu
@@ -88,12 +67,11 @@ def fire(server: Running, pool: Pool, first: int, scenario: Scenario, seconds: i
     counted = json.loads(result)
     if counted["refused"] or counted["broken"] or not counted["answered"]:
         said = server.output.read_text(errors="replace")[-2000:]
-        raise SystemExit(f"{server.server.title}, {scenario.title}: {counted}\n{said}")
+        raise SystemExit(f"{server.server.title}, {SCENARIOS[scenario]}: {counted}\n{said}")
     return Measured(
         rate=counted["answered"] / counted["seconds"],
         p50_ms=counted["p50_us"] / 1000,
         p99_ms=counted["p99_us"] / 1000,
-        max_ms=counted["max_us"] / 1000,
         cpu_us=cpu * 1e6 / counted["answered"],
         others=max(0.0, (machine - cpu - wrk) / counted["seconds"]),
         resident_mib=server.resident_mib(),
@@ -102,7 +80,7 @@ def fire(server: Running, pool: Pool, first: int, scenario: Scenario, seconds: i
     )
 
 
-def check_log(signals: Path, runs: list[Measured], before: int = 0) -> None:
+def check_log(signals: Path, runs: list[Measured]) -> None:
     """Each acknowledged signal is in the log, once, and nothing else is; SystemExit if not.
 
     What was in flight when wrk stopped may be there or not, so the count has a tolerance: the
@@ -113,14 +91,13 @@ def check_log(signals: Path, runs: list[Measured], before: int = 0) -> None:
         raise SystemExit(f"{signals}: the last line is not whole")
     for line in lines[::100]:
         payload = line.partition(b'"signal":')[2][:-1]
-        if json.loads(line)["id"] != hashlib.sha256(payload).hexdigest()[:32]:
+        if json.loads(line)["id"] != payload_id(payload):
             raise SystemExit(f"{signals}: a line's id is not that of its signal")
     distinct = len({line.partition(b'"id":"')[2][:32] for line in lines})
-    stored = len(lines) - before
     answered, taken = sum(run.answered for run in runs), sum(run.taken for run in runs)
-    if distinct != len(lines) or not answered <= stored <= taken:
+    if distinct != len(lines) or not answered <= len(lines) <= taken:
         raise SystemExit(
-            f"{signals}: {stored} lines ({distinct} ids) for {answered} acknowledged signals "
+            f"{signals}: {len(lines)} lines ({distinct} ids) for {answered} acknowledged signals "
             f"of {taken} sent"
         )
 
@@ -137,33 +114,28 @@ def open_idle(port: int, requests: list[bytes]) -> list[socket.socket]:
     return connections
 
 
-def still_open(connections: list[socket.socket]) -> int:
-    """How many of them the server has not closed."""
-
-    def is_open(connection: socket.socket) -> bool:
+def close_idle(connections: list[socket.socket]) -> None:
+    """SystemExit if the server has closed one before."""
+    for connection in connections:
         connection.setblocking(False)
         try:
-            return connection.recv(1, socket.MSG_PEEK) != b""
+            connection.recv(1)
         except BlockingIOError:
-            return True
-        except ConnectionError:
-            return False
-
-    return sum(map(is_open, connections))
+            connection.close()
+        else:
+            raise SystemExit("an idle connection did not stay open")
 
 
-def bare_sync(directory: Path, count: int = 200) -> dict[str, float]:
-    """What a write and an fdatasync of one line take here and now: median ms, mean CPU µs."""
+def bare_sync(directory: Path, count: int = 200) -> float:
+    """What a write and an fdatasync of one line take here and now: the median, in ms."""
     path = directory / "sync"
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     times = []
-    cpu = time.process_time()
     for _ in range(count):
         started = time.perf_counter()
         os.write(log, b"x" * 650)
         os.fdatasync(log)
         times.append(time.perf_counter() - started)
-    cpu = time.process_time() - cpu
     os.close(log)
     path.unlink()
-    return {"ms": statistics.median(times) * 1000, "cpu_us": cpu / count * 1e6}
+    return statistics.median(times) * 1000

@@ -1,0 +1,98 @@
+"""The console as a person has it before them, in a real Chromium."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from harness import ROOT, eventually
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+
+SCREENSHOTS = ROOT / "build" / "screenshots"
+WIDE, PHONE, SMALLEST = (1280, 800), (390, 844), (320, 600)
+
+
+class Page:
+    """One tab that shows the console."""
+
+    def __init__(self, driver: webdriver.Chrome, url: str) -> None:
+        self.driver, self.url, self.run = driver, url, driver.execute_script
+        self.excused: tuple[str, ...] = ()  # what may stand in the browser's console
+
+    def shape(self, size: tuple[int, int], dark: bool = False, zone: str = "UTC") -> None:
+        metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1}
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        for command, options in (
+            ("setDeviceMetricsOverride", {**metrics, "mobile": size[0] < 600}),
+            ("setEmulatedMedia", {"features": [scheme]}),
+            ("setTimezoneOverride", {"timezoneId": zone}),
+        ):
+            self.driver.execute_cdp_cmd(f"Emulation.{command}", options)
+
+    def open(self) -> Page:
+        self.driver.get(self.url)
+        self.until(lambda: self.text("state") == "Receiving")
+        return self
+
+    def until(self, check: Callable[[], Any], seconds: float = 20) -> Any:
+        return eventually(check, seconds, 0.05)
+
+    def find(self, css: str) -> WebElement:
+        return self.driver.find_element(By.CSS_SELECTOR, css)
+
+    def text(self, identifier: str) -> str:
+        return self.run("return document.getElementById(arguments[0]).textContent", identifier)
+
+    def column(self, number: int) -> list[str]:
+        """Of the rows that are shown, the top one first: received, instance, type, or user."""
+        shown = "document.querySelectorAll('#rows tr:not([hidden])')"
+        return self.run(f"return [...{shown}].map(row => row.cells[{number}].textContent)")
+
+    def types(self) -> list[str]:
+        return self.column(2)
+
+    def users(self) -> list[str]:
+        return self.column(3)
+
+    def facts(self) -> list[dict[str, str]]:
+        """The figures: of the receiver, then of each instance."""
+        return self.run(
+            "return [...document.querySelectorAll('dl')].map(dl => Object.fromEntries("
+            "[...dl.children].map(each => [...each.children].map(it => it.textContent.trim()))))"
+        )
+
+    def polled(self, times: int) -> None:
+        """Wait until the figures have been asked for so many times more."""
+        asked = "return performance.getEntriesByName(location + 'status').length"
+        enough = self.run(asked) + times
+        self.until(lambda: self.run(asked) >= enough)
+
+    def whole(self, row: int) -> str:
+        """The line of a row as a click on the row shows it; the dialog is closed again."""
+        self.run("document.querySelectorAll('#rows td:last-child')[arguments[0]].click()", row)
+        shown = self.text("whole")
+        self.find("#detail button").click()
+        assert not self.find("#detail").is_displayed()
+        return shown
+
+    def filter(self, text: str) -> None:
+        self.find("#filter").send_keys(Keys.CONTROL + "a" + Keys.NULL + Keys.DELETE + text)
+
+    def screenshot(self, name: str) -> None:
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        assert self.driver.save_screenshot(str(SCREENSHOTS / f"{name}.png"))
+
+    def complaints(self) -> list[str]:
+        """What the browser's console holds and the test did not expect."""
+        said = [entry["message"] for entry in self.driver.get_log("browser")]
+        return [text for text in said if not any(each in text for each in self.excused)]
+
+    def requested(self) -> list[str]:
+        """The address of every request that the browser was asked to make."""
+        events = [json.loads(e["message"])["message"] for e in self.driver.get_log("performance")]
+        sent = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        return [each["request"]["url"] for each in sent]

@@ -1,0 +1,435 @@
+"""Requests to try on a parser: malformed, unusual but right, and mutants of right ones.
+
+REFUSED holds what is malformed, or what two servers could read in two ways: a mistake each, with
+its section and the statuses that may answer it. ACCEPTED holds what is unusual and still right.
+Every POST is rightly signed, so that one that slips through is answered with 200 and stored.
+test_reader.py and fuzz/ give them to the reader alone, proxies/compare_servers.py to other servers.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, BinaryIO
+
+import h11
+from harness import Pair
+
+from liveapi_server import Head, Refusal, read_body, read_head
+
+PAIR = Pair("my-app")
+BODY = b"{   }"  # the smallest signal of five bytes
+CHUNKS = b"5\r\n{   }\r\n0\r\n\r\n"
+STATUS = b"GET /status HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+def head(*lines: bytes) -> bytes:
+    return b"\r\n".join(lines) + b"\r\n\r\n"
+
+
+def get(*fields: bytes, line: bytes = b"GET /status HTTP/1.1") -> bytes:
+    return head(line, b"Host: a", *fields)
+
+
+def post(*fields: bytes, body: bytes = BODY, version: bytes = b"HTTP/1.1") -> bytes:
+    """The head of a signed POST; the framing is the case's own."""
+    return head(
+        b"POST /live " + version,
+        b"Host: a",
+        b"x-notificare-public-key: " + PAIR.public.encode(),
+        b"x-notificare-signature: " + PAIR.sign(body).encode(),
+        *fields,
+    )
+
+
+def sized(length: bytes) -> bytes:
+    return post(b"Content-Length: " + length) + BODY
+
+
+def coded(value: bytes) -> bytes:
+    return post(b"Transfer-Encoding: " + value) + CHUNKS
+
+
+def chunked(body: bytes) -> bytes:
+    return post(b"Transfer-Encoding: chunked") + body
+
+
+@dataclass(frozen=True)
+class Case:
+    section: str
+    name: str
+    data: bytes
+    statuses: tuple[int, ...] = (400,)
+
+    def __str__(self) -> str:
+        return f"{self.section}: {self.name}"
+
+
+def each(section: str, name: str, make: Callable[[bytes], bytes], *values: bytes) -> list[Case]:
+    """A case for each value, named by it."""
+    return [Case(section, f"{name} {ascii(v)[2:60]}", make(v)) for v in values]
+
+
+def as_it_is(data: bytes) -> bytes:
+    return data
+
+
+def line(value: bytes) -> bytes:
+    return get(line=value)
+
+
+def target(value: bytes) -> bytes:
+    return get(line=b"GET " + value + b" HTTP/1.1")
+
+
+def path(rest: bytes) -> bytes:
+    return target(b"/status" + rest)
+
+
+def version(value: bytes) -> bytes:
+    return get(line=b"GET /status " + value)
+
+
+def host(value: bytes) -> bytes:
+    return head(b"GET /status HTTP/1.1", b"Host:" + value)
+
+
+def size(value: bytes) -> bytes:
+    return chunked(value + b"\r\n{   }\r\n0\r\n\r\n")
+
+
+def last(value: bytes) -> bytes:
+    return chunked(b"5\r\n{   }\r\n" + value)
+
+
+def octets(values: bytes) -> list[bytes]:
+    return [bytes([value]) for value in values]
+
+
+# fmt: off
+REFUSED = [
+    # RFC 9112 §2.2 Message Parsing
+    *each("9112 §2.2", "bare LF", as_it_is, STATUS.replace(b"\r\n", b"\n"), b"\n" + STATUS,
+          b"GET /status HTTP/1.1\nHost: a\r\n\r\n", b"GET /status HTTP/1.1\r\nHost: a\r\n\n",
+          b"GET /status HTTP/1.1\r\nHost: a\n\n", get(b"A: b\nC: d")),
+    *each("9112 §2.2", "bare CR", as_it_is, line(b"GET /sta\rtus HTTP/1.1"), b"\r" + STATUS,
+          line(b"GET\r/status HTTP/1.1"), get(b"A: b\rc"), get(b"A: b\rContent-Length: 5"),
+          get(b"A: b\r")),
+    *each("9112 §2.2", "before the first field", as_it_is,
+          b"GET /status HTTP/1.1\r\n Host: a\r\n\r\n",
+          b"GET /status HTTP/1.1\r\n \r\nHost: a\r\n\r\n"),
+    *each("9112 §2.2", "no HTTP", as_it_is, b"\0" + STATUS,
+          b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n"),
+    # §2.3 HTTP Version
+    *each("9112 §2.3", "version", version, b"http/1.1", b"HTTP/1", b"HTTP/1.1.1", b"HTTP/1.10",
+          b"HTTP/01.1", b"HTTP/+1.1", b"HTTP/1,1", b"HTTP/1.\xb9", b"ICY/1.1", b"HTTP/ 1.1"),
+    *[Case("9110 §2.5", f"version {v}", version(v.encode()), (505,))
+      for v in ("HTTP/2.0", "HTTP/3.0", "HTTP/0.9")],
+    Case("9113 §3.4", "HTTP/2 preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", (400, 505)),
+    # §3 Request Line
+    *each("9112 §3", "request line", line, b"GET  /status HTTP/1.1", b"GET /status  HTTP/1.1",
+          b"GET\t/status HTTP/1.1", b"GET /status\tHTTP/1.1", b"GET /status\x0cHTTP/1.1",
+          b"GET /status\x0bHTTP/1.1", b"GET /status\xa0HTTP/1.1", b" GET /status HTTP/1.1",
+          b"GET /status HTTP/1.1 ", b"GET /status HTTP/1.1\t", b"GET /status HTTP/1.1 x",
+          b"GET /sta tus HTTP/1.1", b"GET HTTP/1.1", b" /status HTTP/1.1"),
+    *each("9112 §3", "only", as_it_is, b"GET /status\r\n\r\n", b"GET\r\n\r\n", b" \r\n\r\n"),
+    *each("9110 §9.1", "method", line, b"GE(T /status HTTP/1.1", b"GET: /status HTTP/1.1",
+          b"G\xc9T /status HTTP/1.1", b"G\0T /status HTTP/1.1"),
+    # §3.2 Request Target
+    *each("9112 §3.2", "path with", path, b"#x", b"#", b"\xc3\xbc",
+          *octets(b"\xfc\0\x7f\x01\"<>\\^`{|}")),
+    *each("9112 §3.2", "query with", path, *[b"?a" + c for c in octets(b"\"<>\\^`{|}#")]),
+    *each("3986 §2.1", "percent-encoding", path, b"%", b"%4", b"%zz", b"%4z", b"% 41", b"%+1",
+          b"%u0041", b"?a=%"),
+    *each("9112 §3.2", "target", target, b"status", b"?challenge=a", b"example.com:80", b"*"),
+    *each("9112 §3.2.4", "star", line, b"OPTIONS ** HTTP/1.1", b"OPTIONS *?a HTTP/1.1",
+          b"OPTIONS */status HTTP/1.1", b"POST * HTTP/1.1"),
+    *each("9112 §3.2.2", "absolute-form", target, b"http:///status", b"http://:80/status",
+          b"http://u:p@a/status", b"http://a:b/status", b"http://a/status#b", b"http:/status",
+          b"http://[::1/status"),
+    # §3.2 Host
+    *each("9112 §3.2", "no Host", lambda v: head(b"GET " + v), b"/status HTTP/1.1",
+          b"http://a/status HTTP/1.1", b"/status HTTP/1.2"),
+    *each("9112 §3.2", "two Hosts", get, b"Host: a", b"Host: b"),
+    Case("9112 §3.2", "two Hosts in HTTP/1.0", get(b"Host: b", line=b"GET /status HTTP/1.0")),
+    *each("9110 §7.2", "Host", host, b"", b" a, b", b" a b", b" a\tb", b" a/b", b" a?b", b" a#b",
+          b" u@a", b" a:b", b" a:80:80", b" :80", b" a:-1", b" a:+80", b" [::1", b" ::1", b" [a",
+          b" a]", b" [::1]x", b" [::g]", b" []", b" a\\b", b" a<b", b" a%zz", b" http://a", b' "a"',
+          b" a\xa0", b" \xe4", b" a:\xb2"),
+    # §5 Field Syntax
+    *each("9112 §5.1", "space before the colon", get, b"A : b", b"A\t: b"),
+    *each("9112 §5.1", "space before the colon", as_it_is,
+          b"GET /status HTTP/1.1\r\nHost : a\r\n\r\n", post(b"Content-Length : 5") + BODY,
+          post(b"Transfer-Encoding : chunked") + CHUNKS,
+          post(b"Transfer-Encoding\xa0: chunked") + CHUNKS),
+    *each("9112 §5.2", "folded", get, b"A: b\r\n c", b"A: b\r\n\tc", b"A: b\r\n Content-Length: 5",
+          b"A: b\r\n "),
+    *each("9112 §5.2", "folded", as_it_is, post(b"Transfer-Encoding:\r\n chunked") + CHUNKS,
+          post(b"Content-Length:\r\n 5") + BODY),
+    *each("9112 §5", "field", get, b"hello", b"GET /status HTTP/1.1", b": b"),
+    *each("9110 §5.6.2", "in a name", lambda c: get(b"A" + c + b"B: c"),
+          *octets(b"\0\x01\x7f \t\x0b\x0c\"(),/;<=>?@[\\]{}\x85\xa0\xe4")),
+    *each("9110 §5.5", "in a value", lambda c: get(b"A: b" + c + b"c"),
+          *octets(b"\0\x01\x08\x0b\x0c\x1b\x1f\x7f")),
+    *each("9110 §5.5", "control byte at an end", get, b"A: b\x0b", b"A:\x0cb"),
+    # RFC 9110 §5.3: a field with one value, given twice, has two readings
+    *each("9110 §5.3", "twice", lambda v: post(v, v, b"Content-Length: 5") + BODY,
+          b"x-notificare-public-key: a", b"x-notificare-signature: a", b"Content-Type: a",
+          b"Content-Encoding: a", b"Expect: 100-continue"),
+    # §6 Message Body
+    *each("9112 §6.3", "Content-Length", sized, b"", b"+5", b"-5", b"-0", b"0x5", b"5x", b"5 5",
+          b"5,5", b"5, 5", b"5,", b",5", b"5;", b"5;a=b", b"1e1", b"5.0", b"1_0", b"0_5", b"five",
+          b"\xb2", b"\xb9", b"5\xa0", b"5\x0b", b"5\x0c", b"5\x85", b"0b101", b"0o5", b'"5"',
+          b"\xd9\xa5", b"5\t5", b"null"),
+    *[Case("9112 §6.3", f"Content-Length {v[:9]!r}", sized(v), (400, 413))
+      for v in (b"9" * 100, b"9" * 5000, b"18446744073709551621", b"4294967301")],
+    *each("9112 §6.3", "two Content-Lengths", lambda v: post(v, b"Content-Length: 5") + BODY,
+          b"Content-Length: 5", b"Content-Length: 6", b"content-length: 0"),
+    *each("9112 §6.3", "with GET", get, b"Content-Length: +0", b"Transfer-Encoding: x",
+          b"Transfer-Encoding: chunked\r\nContent-Length: 0"),
+    *each("9112 §6.1", "both", lambda v: post(v) + b"0\r\n\r\n",
+          b"Content-Length: 5\r\nTransfer-Encoding: chunked",
+          b"Transfer-Encoding: chunked\r\nContent-Length: 5"),
+    Case("9112 §6.1", "Transfer-Encoding in HTTP/1.0",
+         post(b"Transfer-Encoding: chunked", version=b"HTTP/1.0") + CHUNKS),
+    *each("9112 §6.1", "Transfer-Encoding", coded, b"", b"identity", b"gzip", b"gzip, chunked",
+          b"chunked, gzip", b"chunked, chunked", b"identity, chunked", b"chunked, identity",
+          b"xchunked", b"chunkedx", b"chunked,", b",chunked", b", chunked", b"chunked;q=1",
+          b"chunked; a=b", b"chunked\x0b", b"\x0bchunked", b"chunked\x0c", b"chunked\xa0",
+          b"chunked\x85", b"\x00chunked", b'"chunked"', b"chun ked", b"chunked chunked", b"x",
+          b"trailers"),
+    *each("9112 §6.1", "two Transfer-Encodings", coded, b"chunked\r\nTransfer-Encoding: chunked",
+          b"gzip\r\nTransfer-Encoding: chunked", b"chunked\r\nTransfer-Encoding: identity"),
+    # §7.1 Chunked
+    *each("9112 §7.1", "chunk size", size, b"", b" ", b"g", b"0x5", b"0X5", b"+5", b"-5", b" 5",
+          b"\t5", b"5 ", b"5\t", b"5_", b"0_5", b"5.0", b"5,", b"5h", b"\xb5", b"5\0", b"5\x0b",
+          b"5\xa0", b"h5", b'"5"', b"#5", b"5\r"),
+    *each("9112 §7.1", "last chunk", last, b"-0\r\n\r\n", b"+0\r\n\r\n", b"0x0\r\n\r\n",
+          b"0 \r\n\r\n", b" 0\r\n\r\n", b"\r\n\r\n", b"00x\r\n\r\n", b"0;\r\n\r\n", b"0\n\r\n",
+          b"0\r\n\n"),
+    *[Case("9112 §7.1", f"chunk size {v[:9]!r}", size(v), (400, 413))
+      for v in (b"10000000000000005", b"f" * 1000)],
+    *each("9112 §7.1", "chunk", chunked, b"5\n{   }\r\n0\r\n\r\n", b"5\r{   }\r\n0\r\n\r\n",
+          b"5\r\n{   }\n0\r\n\r\n", b"5\r\n{   }\r0\r\n\r\n", b"4\r\n{   }\r\n0\r\n\r\n",
+          b"6\r\n{   }\r\n0\r\n\r\n", b"5\r\n{   }XX0\r\n\r\n"),
+    *each("9112 §7.1.1", "chunk extension", lambda v: size(b"5" + v), b";", b";;", b";a;", b";=b",
+          b";a=", b';a="b', b';a="b"c', b";a b", b";a=b c", b";a\0", b";a=\x01", b";a=\x7f",
+          b';a="\x01"', b';a="\\\x01"', b";a=\xe4", b";\xe4=a", b";a/b", b";a=b=c", b";(a)", b"a=b",
+          b",a=b", b";a\rb"),
+    *each("9112 §7.1.1", "bare LF in an extension", chunked, b"5;a\n{   }\r\n0\r\n\r\n",
+          b"5;a=b\nc\r\n{   }\r\n0\r\n\r\n"),
+    *each("9112 §7.1.2", "trailer", lambda v: last(b"0\r\n" + v + b"\r\n\r\n"), b"a", b"a : b",
+          b": b", b"a: b\r\n c", b" a: b", b"a: \0", b"a: b\nc: d", b"a: b\rc", b"\xe4: b",
+          b"a b: c"),
+    *each("9110 §6.5.1", "trailer", lambda v: last(b"0\r\n" + v + b"\r\n\r\n"), b"Host: b",
+          b"Content-Length: 5", b"Transfer-Encoding: chunked", b"x-notificare-signature: a"),
+    *[Case("9112 §7.1", name, chunked(data), (400, 413, 431)) for name, data in (
+        ("extension without an end", b"5;" + b"a" * 70000),
+        ("trailers without an end", b"5\r\n{   }\r\n0\r\n" + b"a: b\r\n" * 20000),
+    )],
+    Case("9112 §7.1", "chunks outweighed by their framing", chunked(b"1\r\n \r\n" * 6000)),
+    Case("9112 §7.1", "chunks outweighed by extensions",
+         chunked((b"1;" + b"a" * 200 + b"\r\n \r\n") * 100)),
+    # Expect, sizes
+    *[Case("9110 §10.1.1", v, post(b"Expect: " + v.encode(), b"Content-Length: 5"), (417,))
+      for v in ("200-ok", "100-continue, x")],
+    Case("9110 §15.5.14", "body over the limit", post(b"Content-Length: 1048577"), (413,)),
+    Case("9110 §15.5.14", "chunk over the limit", chunked(b"100001\r\n"), (413,)),
+    Case("9110 §15.5.15", "target over 8 KiB", target(b"/" + b"a" * 8192), (414,)),
+    Case("6585 §5", "101 fields", get(*[b"A: b"] * 100), (431,)),
+    Case("6585 §5", "head over 32 KiB", get(b"A: " + b"b" * 32768), (431,)),
+]
+
+ACCEPTED = [
+    Case("9112 §2.2", "an empty line before the request", b"\r\n" + STATUS),
+    Case("9110 §2.5", "HTTP/1.2 is taken as 1.1", version(b"HTTP/1.2")),
+    Case("9110 §2.5", "HTTP/1.9 is taken as 1.1", version(b"HTTP/1.9")),
+    Case("9112 §3.2", "HTTP/1.0 without Host", head(b"GET /status HTTP/1.0")),
+    Case("9112 §3.2.2", "absolute-form with an empty path", target(b"http://a")),
+    Case("9112 §3.2.2", "absolute-form with a query for a path", target(b"http://a?b")),
+    *each("9112 §3.2.2", "absolute-form", target, b"http://a/status", b"http://a:80/status",
+          b"HTTP://a/status", b"https://a/status?x"),
+    Case("9112 §3.2.4", "OPTIONS *", line(b"OPTIONS * HTTP/1.1")),
+    Case("9112 §3.2.1", "target of 8 KiB", target(b"/" + b"a" * 8191)),
+    *each("9112 §3.2.1", "target", target, b"/status?a=b%20c&d='e';f!$(*)+,:@/?-._~", b"//status",
+          b"/live/../status"),
+    *each("9110 §7.2", "Host", host, b"a", b" a", b" a:80", b" a:", b" 127.0.0.1:3014", b" [::1]",
+          b" [::1]:3014", b" [::ffff:1.2.3.4]", b" xn--a-0fa.example", b" under_score",
+          b" a.example.", b" %41", b" a-b~c!$&'()*+;="),
+    *each("9110 §5", "field", get, b"A: \t  b \t ", b"A:", b"A: \x80\xff\xc3\xbc", b"A: b\tc",
+          b"!#$%&'*+-.^_`|~09azAZ: b", b"A: b\r\nA: c", b"cOnTeNt-LeNgTh: 0"),
+    Case("6585 §5", "100 fields", get(*[b"A: b"] * 99)),
+    Case("9112 §6.3", "POST with neither length nor chunks", post(body=b"")),
+    Case("9112 §6.3", "white space around Content-Length", sized(b"  5  ")),
+    Case("9112 §6.3", "body in HTTP/1.0", post(b"Content-Length: 5", version=b"HTTP/1.0") + BODY),
+    *each("9112 §7.1", "chunks", chunked, CHUNKS, b"005\r\n{   }\r\n000\r\n\r\n",
+          b"1\r\n{\r\n3\r\n   \r\n1\r\n}\r\n0\r\n\r\n",
+          b"5\r\n{   }\r\n0\r\nA: b\r\nExpires: never\r\n\r\n"),
+    Case("9112 §7.1", "chunks outweighed by their framing, but not by 16 KiB",
+         chunked(b"1\r\n \r\n" * 3000 + b"0\r\n\r\n")),
+    *each("9112 §7.1.1", "chunk extension", lambda v: size(b"5" + v), b";a", b";a=b", b";a;b=c",
+          b';a="b"', b';a=""', b';a="b c\t;\\""', b";a=!#$%&'*+-.^_`|~"),
+    *each("9110 §9", "method", line, b"BREW /status HTTP/1.1", b"get /status HTTP/1.1",
+          b"!#$%&'*+-.^_`|~9 /status HTTP/1.1", b"TRACE /status HTTP/1.1", b"CONNECT a:80 HTTP/1.1",
+          b"CONNECT * HTTP/1.1"),
+    Case("9110 §7.8", "an upgrade that is not offered",
+         get(b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAMAAABk")),
+]
+# fmt: on
+
+
+# Mutants
+
+METHODS = [b"GET", b"POST", b"HEAD", b"OPTIONS", b"PUT", b"CONNECT", b"get", b"G@T", b""]
+TARGETS = [
+    b"/live", b"/status", b"/", b"*", b"http://a/live", b"/live?challenge=a", b"/a%2fb", b"/%zz",
+    b"//live", b"a:80", b"/a#b", b"", b"/" + b"a" * 9000, b"/\xff", b"http://a", b"?a",
+]  # fmt: skip
+VERSIONS = [b"HTTP/1.1", b"HTTP/1.0", b"HTTP/1.2", b"HTTP/2.0", b"http/1.1", b"HTTP/1.1 ", b"H"]
+FIELDS = [
+    b"Host: a", b"Host: b", b"host:a:80", b"Host: [::1]", b"Host:", b"Host: a b", b"Host : a",
+    b"Content-Length: 5", b"Content-Length: 0", b"Content-Length: +5", b"Content-Length: 5, 5",
+    b"Content-Length: 99999999999999999999", b"content-length:05", b"Content-Length: -1",
+    b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip, chunked", b"Expect: x",
+    b"Transfer-Encoding: identity", b"Transfer-Encoding:\x0bchunked", b"Transfer-Encoding: CHUNKED",
+    b"Expect: 100-continue", b"transfer-encoding:chunked", b"Connection: close",
+    b"Connection: keep-alive",
+    b"Content-Type: application/jose", b"Content-Encoding: gzip", b"A: b", b" folded", b"\tfolded",
+    b"A : b", b": b", b"A", b"", b"A: \x00", b"A: \xff", b"A\xff: b", b"A: b\rc", b"A: b\nc: d",
+    b"x-notificare-signature: AAAA", b"x-notificare-public-key: AAAA", b"Upgrade: h2c",
+]  # fmt: skip
+BODIES = [
+    b"hello", b"", b"5\r\nhello\r\n0\r\n\r\n", b"0\r\n\r\n", b"5;a=b\r\nhello\r\n0\r\nA: b\r\n\r\n",
+    b"5;\r\nhello\r\n0\r\n\r\n", b"-5\r\nhello\r\n0\r\n\r\n", b"fffffffff\r\n", b"5\nhello\n0\n\n",
+    b"5\r\nhelloX\r\n0\r\n\r\n", b"0\r\nA\r\n\r\n", b"3e9\r\n", b'5;a="b\r\nhello\r\n0\r\n\r\n',
+    b"GET /status HTTP/1.1\r\nHost: a\r\n\r\n", b"{}", b"0;a\r\n\r\n", b"00\r\n\r\n",
+]  # fmt: skip
+SPICE = [
+    b"\r", b"\n", b"\r\n", b"\0", b" ", b"\t", b":", b"\xff", b"\x85", b"\xa0", b",", b";", b"0",
+    b"\r\n\r\n", b"\x0b", b"%", b"#", b"chunked", b"Content-Length: 5\r\n", b"\r\n ", b"\x7f",
+]  # fmt: skip
+
+
+def mutant(dice: random.Random, pair: Pair) -> bytes:
+    """A request that is right but for a mistake or a few; never one with a right signature."""
+    method, target, version = b"POST", b"/live", b"HTTP/1.1"
+    if dice.random() < 0.3:
+        method = dice.choice(METHODS)
+    if dice.random() < 0.2:
+        target = dice.choice(TARGETS)
+    if dice.random() < 0.1:
+        version = dice.choice(VERSIONS)
+    fields = [b"Host: a"] if dice.random() < 0.95 else []
+    if dice.random() < 0.7:
+        key, wrong = pair.public.encode(), pair.sign(b"another body").encode()
+        fields += [b"x-notificare-public-key: " + key, b"x-notificare-signature: " + wrong]
+    body = dice.choice(BODIES)
+    if dice.random() < 0.8:
+        fields.append(
+            b"Transfer-Encoding: chunked"
+            if b"\r\n" in body and dice.random() < 0.9
+            else b"Content-Length: %d" % len(body)
+        )
+    fields += [dice.choice(FIELDS) for _ in range(dice.choice([0, 0, 0, 1, 1, 2, 3]))]
+    if dice.random() < 0.02:
+        fields *= dice.choice([10, 50])
+    dice.shuffle(fields)
+    line_end = b"\n" if dice.random() < 0.02 else b"\r\n"
+    data = line_end.join([b" ".join([method, target, version]), *fields, b"", b""]) + body
+    for _ in range(dice.choice([0, 0, 0, 1, 1, 2, 4])):
+        at = dice.randrange(len(data) + 1)
+        kind = dice.random()
+        if kind < 0.5:
+            data = data[:at] + dice.choice(SPICE) + data[at:]
+        elif kind < 0.75:
+            data = data[:at] + data[at + dice.choice([1, 1, 2, 10]) :]
+        else:
+            data = data[:at] + bytes([dice.randrange(256)]) + data[at + 1 :]
+    return data
+
+
+# Readings
+
+MAX_BODY = 1000
+Read = tuple[Head, bytes]
+
+
+def read_all(file: BinaryIO, max_body: int = MAX_BODY) -> tuple[list[Read], Refusal | None]:
+    """The requests that the reader finds in `file`, and the refusal that ended it, if one did."""
+    requests: list[Read] = []
+    try:
+        while True:
+            head = read_head(file)
+            requests.append((head, read_body(file, head, max_body)))
+    except EOFError:
+        return requests, None
+    except Refusal as refusal:
+        return requests, refusal
+
+
+class Pieces(io.RawIOBase):
+    """A file that gives these bytes piece by piece, as a socket does; to be read buffered."""
+
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        self.pieces = [piece for piece in pieces if piece]
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self.pieces:
+            return 0
+        room = memoryview(buffer)
+        piece, rest = self.pieces[0][: len(room)], self.pieces[0][len(room) :]
+        room[: len(piece)] = piece
+        self.pieces[:1] = [rest] if rest else []
+        return len(piece)
+
+
+def check_reading(data: bytes, cuts: Iterable[int]) -> list[Read]:
+    """What the reader makes of any bytes: nothing but requests and a refusal with a reason.
+
+    However the bytes come, the requests and the reason are the same.
+    """
+    requests, refusal = read_all(io.BytesIO(data))
+    if refusal is not None:
+        assert refusal.answer.status in (400, 413, 414, 417, 431, 505), refusal.answer
+        assert refusal.reason
+    edges = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
+    pieces = [data[a:b] for a, b in pairwise(edges)]
+    others, other = read_all(io.BufferedReader(Pieces(pieces)))
+    assert others == requests
+    assert (other and other.reason) == (refusal and refusal.reason), data
+    for found, body in requests:
+        assert len(body) <= MAX_BODY
+        assert found.length in (None, len(body))
+        assert b"transfer-encoding" not in found.fields or b"content-length" not in found.fields
+        assert not any(byte < 32 and byte != 9 for byte in b"".join(found.fields.values()))
+    return requests
+
+
+def agree(data: bytes, read: Read) -> None:
+    """h11 reads the first request of `data` as the receiver does.
+
+    But for an empty line before it: RFC 9112 section 2.2 lets a server pass over it; h11 does not.
+    """
+    head, body = read
+    other = h11.Connection(h11.SERVER, max_incomplete_event_size=70_000)
+    other.receive_data(data.removeprefix(b"\r\n"))
+    event = other.next_event()
+    assert isinstance(event, h11.Request), (data, event)
+    assert event.method.decode() == head.method, data
+    assert bytes(event.target).partition(b"?")[0].endswith(head.path.encode().rstrip(b"/")), data
+    names: dict[bytes, bytes] = {}
+    for name, value in event.headers:
+        names[name] = names[name] + b", " + value if name in names else value
+    coding = b"transfer-encoding"  # h11 gives it in lower case
+    assert names == {k: v.lower() if k == coding else v for k, v in head.fields.items()}, data
+    content = b""
+    while isinstance(event := other.next_event(), h11.Data):
+        content += event.data
+    assert isinstance(event, h11.EndOfMessage), (data, event)
+    assert content == body, data

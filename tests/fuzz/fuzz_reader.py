@@ -1,0 +1,51 @@
+"""Feed the reader what coverage leads to (atheris).
+
+Run: .venv/bin/pip install atheris; .venv/bin/python tests/fuzz/fuzz_reader.py \
+        [-runs=1000000] [-max_total_time=300] [CORPUS_DIRECTORY]
+
+Each input is read whole and in two pieces; check_reading says what must hold. The options are
+libFuzzer's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+
+import atheris  # noqa: E402
+
+with atheris.instrument_imports(include=["liveapi_server"]):
+    import liveapi_server  # noqa: F401  (before corpus takes it)
+
+from corpus import ACCEPTED, REFUSED, check_reading, mutant  # noqa: E402
+from harness import Pair  # noqa: E402
+
+
+def one_input(data: bytes) -> None:
+    check_reading(data, [(data[0] * 7) % len(data)] if data else [])
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    with contextlib.ExitStack() as stack:
+        if all(each.startswith("-") for each in arguments):
+            corpus = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="corpus-")))
+            dice, pair = random.Random(1), Pair("fuzz")
+            seeds = [case.data for case in (*ACCEPTED, *REFUSED) if len(case.data) < 4096]
+            seeds += [mutant(dice, pair) for _ in range(200)]
+            for i, seed in enumerate(seeds):
+                (corpus / f"seed-{i}").write_bytes(seed)
+            arguments.append(str(corpus))
+        arguments = ["-max_len=2048", "-timeout=5", *arguments]
+        atheris.Setup([sys.argv[0], *arguments], one_input)
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()

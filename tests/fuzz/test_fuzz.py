@@ -1,0 +1,188 @@
+"""Requests made at random: no crash, no hang, no 2xx for anything unsigned.
+
+Run: .venv/bin/pytest tests/fuzz (small counts; part of the default run)
+Or with a million requests in all: LIVEAPI_FULL=1 .venv/bin/pytest tests/fuzz
+
+First the reader alone, beside a second reading by h11; then the real program over sockets.
+fuzz_reader.py is guided by coverage.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+import pytest
+from corpus import agree, check_reading, mutant, read_all
+from harness import Answer, Pair, Receiver
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from wire import Wire
+
+FULL = os.environ.get("LIVEAPI_FULL") == "1"
+READ = 900_000 if FULL else 15_000  # requests for the reader alone
+SENT = 100_000 if FULL else 2_000  # requests over sockets
+EXAMPLES = 3_000 if FULL else 200  # of each hypothesis test
+SHORT = settings(
+    max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None
+)
+
+
+# The reader alone
+
+
+def test_the_reader_refuses_or_reads_but_never_fails_and_h11_reads_the_same() -> None:
+    """Whatever the reader takes, another strict parser takes too, and reads in the same way."""
+    dice, pair = random.Random(5), Pair("fuzz")
+    taken = 0
+    began = time.monotonic()
+    for number in range(READ):
+        data = mutant(dice, pair)
+        requests, _ = read_all(io.BytesIO(data))
+        taken += bool(requests)
+        if requests and number % 4 == 0:
+            agree(data, requests[0])
+    assert taken > READ // 20, "the mutants are too wild to say anything"
+    assert time.monotonic() - began < READ / 1000, "it takes more than a millisecond each"
+
+
+@SHORT
+@given(st.binary(max_size=300), st.lists(st.integers(0, 300), max_size=3))
+def test_any_bytes_are_refused_or_read_wherever_they_are_cut(data: bytes, cuts: list[int]) -> None:
+    check_reading(data, cuts)
+    check_reading(b"GET / HTTP/1.1\r\nHost: a\r\n" + data + b"\r\n\r\n", range(300))
+
+
+@SHORT
+@given(st.randoms(use_true_random=False), st.lists(st.integers(0, 500), max_size=6))
+def test_where_a_request_is_cut_decides_nothing(dice: random.Random, cuts: list[int]) -> None:
+    pair = Pair("fuzz", "public", "private")
+    data = b"".join(mutant(dice, pair) for _ in range(dice.choice([1, 1, 3])))
+    check_reading(data, cuts)
+    check_reading(data, range(len(data)))
+
+
+TOKEN = st.text("!#$%&'*+-.^_`|~0189azAZ", min_size=1, max_size=12).map(str.encode)
+VALUE = st.binary(max_size=30).map(lambda v: re.sub(rb"[^\t -~\x80-\xff]", b"", v).strip(b" \t"))
+SPOKEN_FOR = {b"host", b"content-length", b"transfer-encoding", b"expect", b"connection"}
+PATH = st.lists(st.text("azAZ09-._~!$&'()*+,;=:@", max_size=6), min_size=1, max_size=5).map(
+    lambda parts: "/" + "/".join(parts)
+)
+OWS = st.text(" \t", max_size=3).map(str.encode)
+Right = tuple[bytes, bytes, str, dict[bytes, bytes], bytes]
+
+
+@st.composite
+def right_requests(draw: st.DrawFn) -> Right:
+    """A request by the grammar: bytes on the wire, method, path, fields, body."""
+    # Some methods have a meaning of their own for the target.
+    method = draw(TOKEN.filter(lambda name: name not in (b"CONNECT", b"OPTIONS")))
+    path = draw(PATH)
+    fields = draw(st.dictionaries(TOKEN, VALUE, max_size=8))
+    fields = {k: v for k, v in fields.items() if k.lower() not in SPOKEN_FOR}
+    if len({k.lower() for k in fields}) < len(fields):
+        fields = {}
+    fields[b"Host"] = b"a"
+    body = draw(st.binary(max_size=200))
+    if draw(st.booleans()):
+        fields[b"Content-Length"] = b"%d" % len(body)
+        sent = body
+    else:
+        fields[b"Transfer-Encoding"] = b"chunked"
+        cuts = sorted(draw(st.lists(st.integers(0, len(body)), max_size=4)))
+        edges = [0, *cuts, len(body)]
+        chunks = [body[a:b] for a, b in pairwise(edges) if a < b]
+        extension = draw(st.sampled_from([b"", b";a", b";a=b", b';a="b c"', b";a;b=c"]))
+        sent = b"".join(b"%x%b\r\n%b\r\n" % (len(c), extension, c) for c in chunks)
+        sent += b"0\r\n" + draw(st.sampled_from([b"", b"A: b\r\n", b"A:\r\nB: c\r\n"])) + b"\r\n"
+    lines = [b"%b:%b%b%b\r\n" % (k, draw(OWS), v, draw(OWS)) for k, v in fields.items()]
+    data = b"%b %b HTTP/1.1\r\n%b\r\n%b" % (method, path.encode(), b"".join(lines), sent)
+    return data, method, path, {k.lower(): v for k, v in fields.items()}, body
+
+
+@SHORT
+@given(st.lists(right_requests(), min_size=1, max_size=4))
+def test_what_follows_the_grammar_is_read_as_it_was_meant(sent: list[Right]) -> None:
+    requests, refusal = read_all(io.BytesIO(b"".join(data for data, *_ in sent)))
+    assert refusal is None, (sent, refusal)
+    found = [(head.method.encode(), head.path, head.fields, body) for head, body in requests]
+    assert found == [right[1:] for right in sent]
+
+
+# Over sockets
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Receiver, Pair]]:
+    pair = Pair("my-app")
+    receiver = Receiver(
+        tmp_path_factory.mktemp("fuzz"), "--timeout", "2", "--max-body", "1000", pairs=(pair,)
+    )
+    yield receiver, pair
+    try:
+        assert receiver.process.poll() is None, "it has ended"
+        assert receiver.raw() == b""
+        assert receiver.stop() == 0
+        log = "\n".join(receiver.log)
+        assert "Traceback" not in log
+        assert "defect" not in log
+        assert len(receiver.log) < 500, "strangers fill the log"
+    finally:
+        if receiver.process.poll() is None:
+            receiver.kill()
+
+
+def judge(reply: Answer, data: bytes) -> None:
+    """Only what needs no signature is answered with 2xx; all else is a refusal with a reason."""
+    assert reply.status in (100, 200, 400, 404, 405, 408, 413, 414, 415, 417, 431, 505), data
+    if reply.status == 200 and reply.body:
+        verified = b"challenge=" in data and reply.headers["content-type"] == "text/plain"
+        assert verified or reply.json == {"status": "ok"}, (data, reply)
+    elif reply.status >= 400 and reply.body:
+        assert isinstance(reply.json, dict), (data, reply)
+
+
+def hurl(port: int, data: bytes) -> None:
+    """Send `data` and no more, and read what is answered until the server closes."""
+    with Wire(port) as wire:
+        wire.send(data)
+        wire.half_close()
+        if b"HEAD" in data:  # a reader cannot tell whose the answers are once the bytes are wild
+            while wire._more():
+                pass
+            assert b"message received" not in wire.buffer
+            return
+        while reply := wire.reply():
+            judge(reply, data)
+
+
+def test_mutants_over_sockets_are_answered_or_closed_and_none_is_stored(
+    target: tuple[Receiver, Pair],
+) -> None:
+    receiver, pair = target
+    began = time.monotonic()
+
+    def some(seed: int) -> None:
+        dice = random.Random(seed)
+        for _ in range(SENT // 4):
+            hurl(receiver.port, mutant(dice, pair))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(some, range(4)))
+    assert time.monotonic() - began < SENT / 50, "slower than 50 a second: something hangs"
+    assert receiver.request("GET", "/status").status == 200
+
+
+@SHORT
+@given(st.randoms(use_true_random=False))
+def test_a_pipeline_of_mutants_is_answered_or_closed(
+    target: tuple[Receiver, Pair], dice: random.Random
+) -> None:
+    receiver, pair = target
+    hurl(receiver.port, b"".join(mutant(dice, pair) for _ in range(dice.randrange(2, 8))))

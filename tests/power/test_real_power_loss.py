@@ -1,0 +1,113 @@
+"""The power is taken away from a real ext4 and xfs, by the ioctl that their own tests use.
+
+Run by `pytest` with 4 losses on each file system; with LIVEAPI_FULL=1 it is 90.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from disks import injected, small_file_system
+from harness import Pair, Receiver, eventually, free_ports, signal_payload
+from load import Load, balance
+
+LOSSES = 90 if os.environ.get("LIVEAPI_FULL") == "1" else 4
+GOING_DOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN, XFS_IOC_GOINGDOWN
+NO_LOG_FLUSH = 2  # what is in memory only is lost, as when the power goes
+FAULTS = ("fdatasync:error=EIO:when=5+9", "rename:error=EIO:when=2+3", "fsync:error=EIO:when=3+4")
+
+
+@pytest.fixture(params=["ext4", "xfs"])
+def file_system(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A small file system of its own, mounted where the receiver will look for its signals.
+
+    Tests name it before `start`, so that the receiver has ended when it is taken away.
+    """
+    with small_file_system(request.param, tmp_path / "signals") as where:
+        yield where
+
+
+def go_down(file_system: Path) -> None:
+    directory = os.open(file_system, os.O_RDONLY)
+    fcntl.ioctl(directory, GOING_DOWN, struct.pack("I", NO_LOG_FLUSH))
+    os.close(directory)
+
+
+def mount_what_is_left(file_system: Path) -> None:
+    """As after a boot: of a copy, for the old one lives on where someone has copied the mounts.
+
+    Then xfs, and no other, wants to be told that it may be mounted twice.
+    """
+    image, copy = file_system.with_name("image"), file_system.with_name("copy")
+    subprocess.run(["umount", file_system], check=True)
+    subprocess.run(["cp", "--sparse=always", image, copy], check=True)
+    copy.rename(image)
+    for way in ("loop", "loop,nouuid"):
+        command = ["mount", "-o", way, image, file_system]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return
+    raise AssertionError(done.stderr)
+
+
+def test_a_file_system_that_goes_away_under_it_is_a_503(
+    file_system: Path, start: Callable[..., Receiver], pair: Pair
+) -> None:
+    receiver = start()
+    kept = signal_payload()
+    assert receiver.post(pair, kept).status == 200
+    go_down(file_system)
+    assert receiver.post(pair, signal_payload()).status == 503
+    assert receiver.request("GET", "/status").status == 503
+    assert receiver.post(pair, kept).status == 200
+    assert receiver.verify(pair).status == 200
+    assert receiver.stop() == 0
+
+
+def test_a_power_loss_with_and_without_errors_before_it_loses_nothing_that_was_acknowledged(
+    file_system: Path, start: Callable[..., Receiver], pair: Pair, tmp_path: Path
+) -> None:
+    chance = random.Random(20311)
+    (port,) = free_ports(1)
+    with Load((pair, Pair("other").write(tmp_path / "keys")), port) as load:
+        for number in range(LOSSES):
+            receiver = start("--segment-bytes", "30000", port=port)
+            load.reach(60)
+            with ExitStack() as faults:
+                if number % 2 and shutil.which("strace"):
+                    faults.enter_context(injected(receiver, tmp_path / "trace", *FAULTS))
+                    load.reach(20)
+                time.sleep(chance.uniform(0, 0.2))
+            # Without power nothing is acknowledged any more. The signal stops one thread first.
+            receiver.signal(signal.SIGSTOP)
+            tasks = Path("/proc", str(receiver.process.pid), "task")
+            eventually(lambda tasks=tasks: {state_of(task) for task in tasks.iterdir()} == {"T"})
+            go_down(file_system)
+            receiver.kill()
+            acknowledged = set(load.acknowledged)
+            mount_what_is_left(file_system)
+            found = {each for path in file_system.glob("*.jsonl") for each in ids(path)}
+            assert acknowledged <= found, "acknowledged, and lost"
+        receiver = start("--segment-bytes", "30000", port=port)
+    assert receiver.stop() == 0
+    print(f"{LOSSES} power losses, {balance(load, file_system)}")
+
+
+def state_of(task: Path) -> str:
+    return (task / "stat").read_text().rpartition(")")[2].split()[0]
+
+
+def ids(path: Path) -> list[str]:
+    return [json.loads(line)["id"] for line in path.read_bytes().split(b"\n")[:-1]]

@@ -1,0 +1,542 @@
+"""The command line: options and defaults, mistakes, what starts and with what it ends, check, demo.
+
+That there is one file to run, and what it needs, is tested here too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from harness import PROGRAM, ROOT, Pair, Receiver, eventually, free_ports, run
+from peers import Certificate, Endpoint, make_certificate, serve_endpoint
+
+OPTIONS = dict(
+    [*line.split(), ""][:2]
+    for line in """--keys keys, --signals signals, --host 127.0.0.1, --port 3014, --path /live,
+    --tls-cert, --tls-key, --max-body 1048576, --max-connections 512, --timeout 10, --keepalive 75,
+    --segment-bytes 268435456, --dedupe 65536, --console, --access-log, --version""".split(",")
+)
+CHECK = "re.notifica.event.custom.liveapi_check"
+TYPES = """application.Install application.Registration application.Uninstall application.Upgrade
+application.Open application.Close application.Exception push.Registration notification.Sent
+notification.Receive notification.Open notification.Influenced inappmessage.View inappmessage.Action
+email.Subscribe email.Unsubscribe email.Bounce email.Complaint email.Deactivate email.ViewOnline
+email.LinkTracked sms.Subscribe sms.AutoSubscribe sms.OptIn sms.Unsubscribe sms.Nondeliverable
+sms.Incoming sms.Charged region.Session beacon.Session scannable.Scan link.Click pass.Add
+pass.Remove pass.Redeem product.Buy asset.Load""".split()
+
+
+# --- Mistakes ---------------------------------------------------------------------------------
+
+# What is wrong, how it is given, and what the line must name.
+MISTAKES = """
+an unknown option                   | --colour                            | --colour
+an unknown command                  | receive                             | receive
+an abbreviated option               | --sig x                             | --sig
+a port that is no number            | --port http                         | http
+a port too high                     | --port 65536                        | 65536
+a negative port                     | --port -1                           | port
+a host that is not here             | --host 192.0.2.1 --port 0           | 192.0.2.1
+a host that does not resolve        | --host no-such-host.invalid         | no-such-host.invalid
+a certificate without a key         | --tls-cert tls.pem                  | --tls-key
+a key without a certificate         | --tls-key tls.key                   | --tls-cert
+a certificate that is not there     | --tls-cert no.pem --tls-key tls.key | no.pem
+a key that is not there             | --tls-cert tls.pem --tls-key no.key | no.key
+a certificate that is none          | --tls-cert text --tls-key tls.key   | text
+another certificate's key           | --tls-cert tls.pem --tls-key other.key | other.key
+keys that are not there             | --keys no-such-keys                 | no-such-keys
+half a pair of keys                 | --keys half                         | half.private
+a signals directory that is a file  | --signals text --port 0             | text
+a signals directory below a file    | --signals text/x --port 0           | text
+a body limit of nothing             | --max-body 0                        | --max-body
+a negative body limit               | --max-body -5                       | --max-body
+a body limit that is no number      | --max-body 1M                       | 1M
+no connections                      | --max-connections 0                 | --max-connections
+no time                             | --timeout 0                         | --timeout
+negative time                       | --timeout -1                        | --timeout
+time that is no number              | --timeout nan                       | --timeout
+endless time                        | --timeout inf                       | --timeout
+a keepalive that is no number       | --keepalive long                    | --keepalive
+a negative keepalive                | --keepalive -1                      | --keepalive
+segments of nothing                 | --segment-bytes 0                   | --segment-bytes
+a negative dedupe                   | --dedupe -1                         | --dedupe
+a path without its slash            | --path live                         | live
+a path with a query                 | --path /live?x=1                    | /live?x=1
+the path that /status has           | --path /status                      | /status
+a console that is no address        | --console 127.0.0.1:http            | --console
+a console port too high             | --console 99999                     | 99999
+a port in use                       | --port {used}                       | {used}
+a console port in use               | --port 0 --console {used}           | {used}
+an option without its value         | --keys                              | --keys
+a stray word                        | serve now                           | now
+an argument of demo                 | demo now                            | now
+check of nothing                    | check                               | URL
+check of no URL                     | check localhost:3014/live           | localhost
+check of another scheme             | check ftp://localhost/live          | ftp
+check of no host                    | check http:///live                  | http:///live
+check of a port of letters          | check http://localhost:port/live    | :port
+check of half an IPv6 address       | check http://[::1/live              | [::1
+check of a host with a space        | check 'http://local host/live'       | host
+check of a host with an empty label | check http://..invalid/live         | ..invalid
+check of a path outside ASCII       | check http://localhost/é            | localhost
+check of another instance           | check http://127.0.0.1:1/live --instance nobody | nobody
+check with keys that are not there  | check http://127.0.0.1:1/live --keys nowhere | nowhere
+check with an option of serve       | check http://127.0.0.1:1/live --port 80 | --port
+"""
+
+
+def one_clear_line(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 2, (result.returncode, result.stderr)
+    assert "Traceback" not in result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def ready_made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """A directory with what a faultless start would need, and faulty files; a port in use."""
+    directory = tmp_path_factory.mktemp("mistakes")
+    Pair("my-app").write(directory / "keys")
+    Pair("half").write(directory / "half")
+    (directory / "half" / "half.private").unlink()
+    (directory / "text").write_text("words\n")
+    for stem in ("tls", "other"):
+        make_certificate(directory, stem)
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        yield directory, str(holder.getsockname()[1])
+
+
+@pytest.mark.parametrize("case", MISTAKES.strip().splitlines(), ids=lambda line: line.split("|")[0])
+def test_a_mistake_in_the_start_is_one_clear_line_and_status_2(
+    ready_made: tuple[Path, str], case: str
+) -> None:
+    directory, used = ready_made
+    _, given, named = (part.strip().replace("{used}", used) for part in case.split("|"))
+    assert named in one_clear_line(run(*shlex.split(given), cwd=directory, within=20))
+    assert not (directory / "signals").exists(), "a mistake leaves no directory behind"
+
+
+def other_python(version: str) -> Path | None:
+    """Where this version of Python is on this machine."""
+    places = [*Path("/root/.pyenv/versions").glob(f"{version}.*/bin/python")]
+    found = shutil.which(f"python{version}")
+    return next(iter([*places, *([Path(found)] if found else [])]), None)
+
+
+# Those before 3.8 cannot parse the file, so that nothing in it can say so.
+@pytest.mark.parametrize("version", ["3.8", "3.9", "3.10"])
+def test_a_python_that_is_too_old_is_one_clear_line_and_status_2(version: str) -> None:
+    python = other_python(version)
+    if python is None:
+        pytest.skip(f"no Python {version} on this machine")
+    result = subprocess.run([python, str(PROGRAM)], capture_output=True, text=True, timeout=20)
+    assert "3.11" in one_clear_line(result)
+
+
+def test_it_says_what_to_install_where_cryptography_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "cryptography.py").write_text("raise ImportError('not here')\n")
+    result = run("demo", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert "cryptography" in one_clear_line(result)
+
+
+# --- Starting ---------------------------------------------------------------------------------
+
+
+def test_version_is_printed_with_status_0() -> None:
+    found = re.search(r'^__version__\s*=\s*"([^"]+)"', PROGRAM.read_text(), re.MULTILINE)
+    assert found
+    for command in ([], ["serve"]):
+        result = run(*command, "--version")
+        assert (result.returncode, result.stderr) == (0, "")
+        assert found[1] in result.stdout
+
+
+def test_serves_help_explains_every_option_and_its_default_and_no_other() -> None:
+    result = run("serve", "--help", env={"COLUMNS": "200"})
+    assert (result.returncode, result.stderr) == (0, "")
+    parts = re.split(r"\n  (?=-)", result.stdout.partition("options:")[2])
+    explained = {part.split()[0]: part for part in parts if part.startswith("--")}
+    assert set(OPTIONS) == set(explained)
+    for option, default in OPTIONS.items():
+        assert option == "--version" or len(explained[option].split()) > 4, f"{option}: no words"
+        assert default in explained[option]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--help"], ["serve", "check", "demo"]),
+        (["-h"], ["serve", "check", "demo"]),
+        (["check", "--help"], ["URL", "--keys", "--instance", "--insecure"]),
+        (["demo", "--help"], ["--console"]),
+    ],
+    ids=lambda words: " ".join(words),
+)
+def test_help_names_commands_and_options(arguments: list[str], named: list[str]) -> None:
+    result = run(*arguments)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert [word for word in named if word not in result.stdout] == []
+
+
+@pytest.mark.parametrize("command", [[], ["serve"]], ids=["serve is not said", "serve is said"])
+def test_without_paths_keys_and_signals_are_in_the_working_directory(
+    tmp_path: Path, pair: Pair, command: list[str]
+) -> None:
+    pair.write(tmp_path / "keys")
+    process = subprocess.Popen(
+        [sys.executable, str(PROGRAM), *command, "--port", "0"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr
+    with process.stderr:
+        assert any("/live" in line and "http://127.0.0.1:" in line for line in process.stderr)
+        process.terminate()
+        assert process.wait(10) == 0
+    assert (tmp_path / "signals" / "current.jsonl").is_file()
+
+
+def test_one_line_says_that_it_is_ready_with_the_url_and_the_instances(
+    start: Callable[..., Receiver],
+) -> None:
+    receiver = start(pairs=(Pair("shop"), Pair("news.app_2-x")))
+    assert receiver.port != 0
+    (line,) = [line for line in receiver.log if receiver.url in line]
+    assert receiver.url == f"http://127.0.0.1:{receiver.port}/live"
+    assert "shop" in line
+    assert "news.app_2-x" in line
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.2", "::1"])
+def test_host_may_be_a_name_or_an_address_of_either_kind(
+    start: Callable[..., Receiver], pair: Pair, host: str
+) -> None:
+    if host == "::1" and not Path("/proc/net/if_inet6").exists():
+        pytest.skip("no IPv6 on this machine")
+    assert start("--host", host).verify(pair).status == 200
+
+
+def test_with_access_log_each_request_is_a_line_of_plain_text(
+    start: Callable[..., Receiver], pair: Pair
+) -> None:
+    receiver = start("--access-log")
+    before = len(receiver.log)
+    receiver.request("GET", "/nowhere")
+    receiver.wait_for_log(r"GET.*/nowhere.*404", 5, before)
+    assert receiver.verify(pair).status == 200
+    receiver.wait_for_log(r"GET.*/live.*200", 5, before)
+    assert receiver.stop() == 0
+    assert all(line.isprintable() for line in receiver.log)
+
+
+BROKEN = """
+import sys
+import liveapi_server
+
+def broken(*arguments):
+    raise RuntimeError("a defect")
+
+liveapi_server.SignalLog.run = broken  # a thread's life
+sys.exit(liveapi_server.main())
+"""
+
+
+@pytest.mark.parametrize("stderr", ["read", "closed"])
+def test_a_defect_in_a_thread_ends_it_with_status_1_whatever_becomes_of_the_log(
+    tmp_path: Path, pair: Pair, stderr: str
+) -> None:
+    pair.write(tmp_path / "keys")
+    closed = 'exec "$@"' if stderr == "read" else 'exec "$@" 2>&-'
+    result = subprocess.run(
+        ["sh", "-c", closed, "sh", sys.executable, "-c", BROKEN, "--port", "0"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert result.returncode == 1, result.stderr
+    assert ("a defect" in result.stderr) == (stderr == "read")
+
+
+# --- check ------------------------------------------------------------------------------------
+
+ROWS = {
+    "verify": "(?i)verif",
+    "signed": "(?i)sign",
+    "again": "(?i)again|repeat|same",
+    "encrypted": "(?i)encrypt",
+    "tampered": "(?i)tamper",
+    "unsigned": "(?i)unsigned|without a signature|no signature",
+    "unknown": "(?i)unknown",
+}
+
+
+def rows(text: str) -> list[str]:
+    """The lines of check's calls: each tells a time and a verdict."""
+    return [
+        line
+        for line in text.splitlines()
+        if re.search(r"\d ?m?s\b", line) and re.search(r"\b(ok|FAILED)\b", line)
+    ]
+
+
+def check(directory: Path, url: str, *options: str) -> subprocess.CompletedProcess[str]:
+    result = run("check", url, *options, cwd=directory)
+    assert "Traceback" not in result.stdout + result.stderr
+    return result
+
+
+def test_check_finds_nothing_wrong_with_the_receiver_and_can_be_run_again(
+    start: Callable[..., Receiver], tmp_path: Path
+) -> None:
+    receiver = start(pairs=(Pair("one"), Pair("two")))
+    first, second = check(tmp_path, receiver.url), check(tmp_path, receiver.url)
+    assert (first.returncode, second.returncode) == (0, 0), first.stdout + first.stderr
+    assert "FAILED" not in first.stdout
+    assert "\x1b" not in first.stdout
+    calls = rows(first.stdout)
+    for line, pattern in zip(calls, [*ROWS.values()] * 2, strict=True):
+        assert re.search(pattern, line), "what was tried is not said"
+        assert re.search(r"\b(200|400)\b", line), "the answer is not said"
+    whole = " ".join(line for line in first.stdout.splitlines() if line not in calls)
+    assert re.search(r"Dashboard.*Verify", whole), "that only Verify can tell is not said"
+    for name in ("one", "two"):
+        assert name in first.stdout
+        assert [line["signal"]["type"] for line in receiver.lines(name)] == [CHECK] * 4
+    assert len(set(receiver.ids())) == 8
+
+
+def test_check_plays_each_pair_of_an_instance_and_of_the_named_instance_alone(
+    start: Callable[..., Receiver], tmp_path: Path
+) -> None:
+    old = Pair("shop").write(tmp_path / "keys")
+    receiver = start(pairs=(Pair("shop@new"), Pair("other")))
+    (tmp_path / "keys").rename(tmp_path / "elsewhere")
+    result = check(tmp_path, receiver.url, "--instance", "shop", "--keys", "elsewhere")
+    assert result.returncode == 0, result.stdout
+    assert len(rows(result.stdout)) == 2 * len(ROWS)
+    assert {line["instance"] for line in receiver.lines()} == {"shop"}
+    assert old.private not in result.stdout + result.stderr
+    assert old.public not in result.stdout + result.stderr
+
+
+def test_check_finds_nothing_wrong_with_a_second_partys_endpoint_and_keeps_the_urls_query(
+    tmp_path: Path, pair: Pair
+) -> None:
+    pair.write(tmp_path / "keys")
+    with serve_endpoint(Endpoint((pair,))) as endpoint:
+        result = check(tmp_path, endpoint.url + "?tenant=7")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(endpoint.seen) == len(ROWS)
+    assert all("tenant=7" in target for target in endpoint.seen)
+    assert endpoint.decrypted, "nothing came that another party's JOSE library could decrypt"
+    for document in map(json.loads, [*endpoint.signals, *endpoint.decrypted]):
+        assert {"service", "type", "data", "timestamp"} <= set(document)
+        assert document["type"] == CHECK
+        assert isinstance(document["timestamp"], int)
+
+
+@pytest.mark.parametrize("fault", ROWS)
+def test_check_finds_what_an_endpoint_gets_wrong(tmp_path: Path, pair: Pair, fault: str) -> None:
+    pair.write(tmp_path / "keys")
+    with serve_endpoint(Endpoint((pair,), frozenset({fault}))) as endpoint:
+        result = check(tmp_path, endpoint.url)
+    assert result.returncode == 1, result.stdout + result.stderr
+    verdicts = dict(zip(ROWS, rows(result.stdout), strict=True))
+    assert "FAILED" in verdicts[fault]
+    if fault != "signed":  # the repeat and the encrypted one fail with it
+        assert [name for name, line in verdicts.items() if "FAILED" in line] == [fault]
+
+
+@contextmanager
+def one_that_says(what: bytes) -> Iterator[tuple[str, list[int]]]:
+    """A server that says so to each connection and closes it; its address, and who came."""
+    came: list[int] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            while True:
+                try:
+                    connection, address = listener.accept()
+                except OSError:
+                    return
+                with connection:
+                    came.append(address[1])
+                    connection.recv(65536)
+                    connection.sendall(what)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}", came
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+def said_once(result: subprocess.CompletedProcess[str]) -> str:
+    """What check says of an endpoint that none of its calls can reach."""
+    assert result.returncode == 1, result.stdout + result.stderr
+    said = (result.stdout + result.stderr).strip()
+    assert not re.search(r"\bok\b", said)
+    assert len(rows(said)) <= 1
+    assert len(said.splitlines()) <= 4, said
+    return said
+
+
+@pytest.mark.parametrize("who", ["nobody", "no such host", "a mail server", "one that hangs up"])
+def test_where_nothing_answers_check_says_so_once_and_stops(tmp_path: Path, who: str) -> None:
+    Pair("one").write(tmp_path / "keys")
+    Pair("two").write(tmp_path / "keys")
+    greeting = b"220 mail.example ESMTP\r\n" if who == "a mail server" else b""
+    with one_that_says(greeting) as (address, came):
+        if who == "nobody":
+            address = f"127.0.0.1:{next(free_ports(1))}"
+        elif who == "no such host":
+            address = "no-such-host.invalid"
+        said_once(check(tmp_path, f"http://{address}/live"))
+    assert len(came) == (who in ("a mail server", "one that hangs up"))
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Certificate:
+    return make_certificate(tmp_path / "tls")
+
+
+def test_check_names_tls_spoken_to_plain_http_and_the_reverse(
+    start: Callable[..., Receiver], tmp_path: Path, certificate: Certificate
+) -> None:
+    plain = start()
+    said = said_once(check(tmp_path, plain.url.replace("http:", "https:"), "--insecure"))
+    assert re.search(r"(?i)no TLS|not (speak )?TLS|plain|\bhttp://", said)
+    (tmp_path / "secure").mkdir()
+    secure = start(*certificate.options, directory=tmp_path / "secure")
+    said = said_once(check(tmp_path, secure.url.replace("https:", "http:")))
+    assert re.search(r"TLS|https", said)
+
+
+def test_check_trusts_a_self_signed_certificate_only_when_told(
+    start: Callable[..., Receiver], tmp_path: Path, certificate: Certificate
+) -> None:
+    receiver = start(*certificate.options)
+    assert "certificate" in said_once(check(tmp_path, receiver.url))
+    assert receiver.lines() == []
+    assert check(tmp_path, receiver.url, "--insecure").returncode == 0
+
+
+def test_check_shows_each_line_as_it_happens_and_a_reader_that_leaves_gets_no_traceback(
+    tmp_path: Path, pair: Pair
+) -> None:
+    pair.write(tmp_path / "keys")
+    first_line_read = threading.Event()
+
+    class Slow(Endpoint):
+        def post(self, headers: object, body: bytes) -> tuple[int, bytes, str]:
+            assert first_line_read.wait(10), "the line of Verify was not shown before the next call"
+            return super().post(headers, body)
+
+    with serve_endpoint(Slow((pair,))) as endpoint:
+        process = subprocess.Popen(
+            [sys.executable, str(PROGRAM), "check", endpoint.url],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout
+        assert process.stderr
+        assert any(rows(line) for line in process.stdout)
+        process.stdout.close()
+        first_line_read.set()
+        assert process.wait(20) != 0, "not all of it was seen"
+        with process.stderr:
+            assert process.stderr.read() == ""
+
+
+# --- demo -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def shown_log(text: str) -> Iterator[Path]:
+    """The log that the demo says it has written; taken away afterwards."""
+    found = re.search(r"(/\S+\.jsonl)", text)
+    assert found, text[-2000:]
+    path = Path(found[1].rstrip(".,"))
+    yield path
+    assert path.parent.parent.name.startswith("liveapi")
+    shutil.rmtree(path.parent.parent)
+
+
+def test_demo_stores_every_documented_type_in_clear_and_encrypted_and_leaves_the_directory_alone(
+    tmp_path: Path,
+) -> None:
+    result = run("demo", cwd=tmp_path, within=60)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert "\x1b" not in result.stdout
+    assert re.search("(?i)verif", result.stdout)
+    assert re.search("(?i)encrypted", result.stdout)
+    with shown_log(result.stdout) as path:
+        texts = path.read_text().splitlines()
+    assert any(text in result.stdout for text in texts), "no stored line is shown"
+    lines = [json.loads(text) for text in texts]
+    assert len({line["id"] for line in lines}) == len(lines)
+    kinds = [line["signal"]["type"].removeprefix("re.notifica.event.") for line in lines]
+    assert [kind for kind in TYPES if kinds.count(kind) < 2 or kind not in result.stdout] == []
+    assert any(kind.startswith("custom.") for kind in kinds)
+    assert any(kind.startswith("product.Buy.") for kind in kinds)
+
+
+def test_demo_with_the_console_goes_on_until_ctrl_c_and_the_last_line_is_the_pages_address(
+    tmp_path: Path,
+) -> None:
+    import urllib.request
+
+    with (tmp_path / "out").open("w+") as out:
+        process = subprocess.Popen(
+            [sys.executable, str(PROGRAM), "demo", "--console"], cwd=tmp_path, stdout=out
+        )
+        try:
+            page = re.compile(r"http://\S+:\d+/")
+            said = Path(out.name)
+            eventually(lambda: page.search((said.read_text().splitlines() or [""])[-1]), 60)
+            with shown_log(said.read_text()) as log:
+                before = log.read_bytes().count(b"\n")
+                eventually(lambda: log.read_bytes().count(b"\n") > before + 2, 20)
+                address = page.search(said.read_text().splitlines()[-1])
+                assert address, "more was said after the page's address"
+                with urllib.request.urlopen(address[0], timeout=10) as answer:
+                    assert answer.headers.get_content_type() == "text/html"
+                process.send_signal(signal.SIGINT)
+                assert process.wait(15) == 0
+        finally:
+            process.kill()
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(address[0], timeout=10)
+
+
+# --- One file ---------------------------------------------------------------------------------
+
+
+def test_the_script_metadata_and_the_project_ask_for_the_same() -> None:
+    block = re.search(
+        r"(?m)^# /// script$\s(?P<text>(?:^#(?:| .*)$\s)+)^# ///$", PROGRAM.read_text()
+    )
+    assert block
+    script = tomllib.loads("".join(line[2:] + "\n" for line in block["text"].splitlines()))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert script["dependencies"] == project["dependencies"]
+    assert script["requires-python"] == project["requires-python"]

@@ -1,0 +1,602 @@
+"""Full, failing and hanging disks, and strangers in the directory: made to happen."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from disks import (
+    fill,
+    free_bytes,
+    injected,
+    mounted,
+    refused_start,
+    small_file_system,
+    stored_line,
+    was_injected,
+)
+from harness import (
+    ACCEPTED,
+    Answer,
+    Pair,
+    Receiver,
+    eventually,
+    payload_id,
+    signal_payload,
+)
+from load import Load, balance
+from tools import needs_strace
+from wire import Wire, ask, post_bytes, request_bytes
+
+MEGABYTE = 1 << 20
+SEGMENTS = ("current.jsonl", "20310506T120000.000000Z.jsonl")
+
+
+def status(receiver: Receiver) -> int:
+    return receiver.request("GET", "/status").status
+
+
+def is_unavailable(answer: Answer) -> bool:
+    return (
+        answer.status == 503 and int(answer.headers["retry-after"]) > 0 and "error" in answer.json
+    )
+
+
+def recovers(receiver: Receiver) -> None:
+    """By itself, without traffic but for this look at it, within the 5 seconds it has for it."""
+    eventually(lambda: status(receiver) == 200, seconds=5)
+
+
+def still_serves_what_needs_no_disk(receiver: Receiver, pair: Pair, stored: bytes) -> None:
+    assert receiver.verify(pair).status == 200
+    assert receiver.post(pair, stored).json == ACCEPTED
+    assert status(receiver) == 503
+
+
+def complaints(receiver: Receiver) -> list[str]:
+    return [line for line in receiver.log if "cannot store" in line]
+
+
+def no_traceback(receiver: Receiver) -> None:
+    assert not [line for line in receiver.log if "Traceback" in line or "defect" in line]
+
+
+def ids(*payloads: bytes) -> list[str]:
+    return [payload_id(each) for each in payloads]
+
+
+@dataclass
+class Kept:
+    """A receiver that has stored a signal, and what its segment was then."""
+
+    receiver: Receiver
+    pair: Pair
+    notices: list[bytes] = field(default_factory=list)  # what its service manager is told
+
+    def __post_init__(self) -> None:
+        self.payload = signal_payload()
+        assert self.receiver.post(self.pair, self.payload).json == ACCEPTED
+        self.bytes = self.receiver.current.read_bytes()
+        self.inode = self.receiver.current.stat().st_ino
+
+    def has_been_closed_and_left_alone(self) -> None:
+        """The way of every recovery: what is acknowledged stays, and a new file takes the rest."""
+        (closed,) = self.receiver.closed_segments()
+        assert closed.stat().st_ino == self.inode
+        assert closed.read_bytes() == self.bytes
+        assert self.receiver.current.stat().st_ino != self.inode
+
+
+@pytest.fixture
+def kept(receiver: Receiver, pair: Pair) -> Kept:
+    return Kept(receiver, pair)
+
+
+# --- A full disk -------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["tmpfs", "ext4"])
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A file system of a few megabytes where the receiver will look for its signals.
+
+    Tests name it before `start`, so that the receiver has ended when it is taken away.
+    """
+    with small_file_system(request.param, tmp_path / "signals") as where:
+        yield where
+
+
+def test_on_a_full_disk_it_answers_503_and_recovers_by_itself_when_there_is_space(
+    small_disk: Path, start: Callable[..., Receiver], pair: Pair
+) -> None:
+    receiver = start()
+    kept = Kept(receiver, pair)
+    ballast = fill(small_disk, leave=MEGABYTE + 100_000)
+    payloads = [signal_payload(text="x" * size) for size in (700_000, *[7001] * 40)]
+    answers = []
+    for each in payloads:
+        answers.append(receiver.post(pair, each))
+        # It is taken for full in time; the file system itself takes something, too.
+        assert free_bytes(small_disk) > MEGABYTE - 10_000
+    stored = [each for each, answer in zip(payloads, answers, strict=True) if answer.status == 200]
+    refused = [each for each in payloads if each not in stored]
+    assert 1 < len(stored) < 40
+    assert payloads[0] in refused
+    assert all(is_unavailable(answer) for answer in answers if answer.status != 200)
+    assert receiver.ids() == ids(kept.payload, *stored)
+    assert receiver.current.stat().st_ino == kept.inode, "nothing had to be cut off"
+    still_serves_what_needs_no_disk(receiver, pair, stored[-1])
+    time.sleep(1.2)  # it has tried again meanwhile
+    assert status(receiver) == 503
+    assert len(complaints(receiver)) == 2, "for the one that is large, and for the rest"
+    ballast.unlink()
+    recovers(receiver)
+    for each in [*refused, *payloads]:
+        assert receiver.post(pair, each).json == ACCEPTED
+    assert receiver.ids() == ids(kept.payload, *stored, *refused)
+    no_traceback(receiver)
+
+
+def test_a_disk_that_fills_up_under_load_loses_and_doubles_nothing(
+    small_disk: Path, start: Callable[..., Receiver], pair: Pair
+) -> None:
+    receiver = start("--segment-bytes", "50000")
+    with Load((pair,), receiver.port, size=3000) as load:
+        for leave in (MEGABYTE + 100_000, 100_000):
+            load.reach(10)
+            ballast = fill(small_disk, leave)
+            eventually(lambda: status(receiver) == 503)
+            time.sleep(0.3)
+            ballast.unlink()
+            recovers(receiver)
+        load.reach(10)
+    assert load.answers[503] > 0
+    print(balance(load, receiver.signals))
+
+
+@pytest.mark.parametrize("full_of", ["bytes", "files"])
+def test_a_start_on_a_full_disk_starts_and_says_so_and_stores_when_there_is_space(
+    tmp_path: Path, start: Callable[..., Receiver], pair: Pair, full_of: str
+) -> None:
+    size = "size=4m,nr_inodes=10"
+    with mounted(tmp_path / "signals", "-t", "tmpfs", "-o", size, "tmpfs") as where:
+        first = start()
+        kept = Kept(first, pair)
+        first.stop()
+        first.current.rename(where / SEGMENTS[1])
+        (where / ".trial").write_bytes(bytes(5000))  # it was killed while it tried the disk
+        with suppress(OSError):
+            for number in range(10 if full_of == "files" else 0):
+                (where / f"ballast{number}").touch()
+        if full_of == "bytes":
+            fill(where, leave=0)
+        receiver = start()
+        receiver.wait_for_log("cannot store", 2)
+        lost = signal_payload()
+        assert is_unavailable(receiver.post(pair, lost))
+        still_serves_what_needs_no_disk(receiver, pair, kept.payload)
+        for ballast in where.glob("ballast*"):
+            ballast.unlink()
+        recovers(receiver)
+        assert len(complaints(receiver)) == 1
+        assert receiver.post(pair, lost).json == ACCEPTED
+        assert receiver.ids() == ids(kept.payload, lost)
+        assert receiver.stop() == 0
+
+
+@needs_strace
+@pytest.mark.parametrize(
+    "reason", ["a file", "no directory", "read-only", "a directory", "a lock", *SEGMENTS]
+)
+def test_a_start_whose_log_cannot_be_opened_for_another_reason_exits_with_status_2(
+    tmp_path: Path, pair: Pair, reason: str
+) -> None:
+    pair.write(tmp_path / "keys")
+    signals = tmp_path / "signals"
+    with ExitStack() as mounts:
+        wrapper: tuple[str, ...] = ()
+        if reason == "a file":
+            signals.touch()
+        elif reason == "no directory":
+            signals.symlink_to("nothing")
+        elif reason == "read-only":
+            mounts.enter_context(mounted(signals, "-t", "tmpfs", "-o", "ro", "tmpfs"))
+        elif reason == "a directory":
+            (signals / "current.jsonl").mkdir(parents=True)
+        elif reason == "a lock":
+            (signals / ".lock").mkdir(parents=True)
+        else:  # this segment cannot be synced
+            signals.mkdir()
+            (signals / reason).write_bytes(stored_line(signal_payload()))
+            fault = ("-P", str(signals / reason), "-e", "inject=fdatasync:error=EIO")
+            wrapper = ("strace", "-f", "-o", "/dev/null", *fault)
+        assert "signals" in refused_start(tmp_path, wrapper=wrapper)
+
+
+# --- A disk that fails -------------------------------------------------------------------------
+
+ALL_FILES = "current.jsonl .trial"
+
+
+@needs_strace
+@pytest.mark.parametrize(("call", "error"), [("write", "ENOSPC"), ("fdatasync", "EIO")])
+def test_after_a_failed_write_or_sync_a_new_segment_takes_what_comes(
+    kept: Kept, tmp_path: Path, call: str, error: str
+) -> None:
+    receiver, pair, lost = kept.receiver, kept.pair, signal_payload()
+    with injected(receiver, tmp_path / "t", f"{call}:error={error}", only=ALL_FILES) as trace:
+        assert is_unavailable(receiver.post(pair, lost))
+        assert receiver.raw() == kept.bytes
+        assert was_injected(trace, call)
+        still_serves_what_needs_no_disk(receiver, pair, kept.payload)
+        assert is_unavailable(receiver.post(pair, lost))
+        time.sleep(1.2)  # it has tried again meanwhile
+        assert status(receiver) == 503
+        assert len(complaints(receiver)) == 1
+    recovers(receiver)
+    assert receiver.post(pair, lost).json == ACCEPTED
+    kept.has_been_closed_and_left_alone()
+    assert receiver.ids() == ids(kept.payload, lost)
+    assert receiver.stop() == 0
+    no_traceback(receiver)
+
+
+@contextmanager
+def file_size_limit(receiver: Receiver, size: int) -> Iterator[None]:
+    """The kernel writes up to the limit on a file's size, then fails: a real short write."""
+    process = receiver.process.pid
+    soft, hard = resource.prlimit(process, resource.RLIMIT_FSIZE)
+    resource.prlimit(process, resource.RLIMIT_FSIZE, (size, hard))
+    yield
+    resource.prlimit(process, resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_short_write_is_cut_back_at_once_and_the_next_file_takes_what_is_sent_again(
+    kept: Kept,
+) -> None:
+    # A limit on the size of one file is no reason to refuse what has room in another.
+    receiver, lost = kept.receiver, signal_payload()
+    with file_size_limit(receiver, len(kept.bytes) + 50):
+        assert is_unavailable(receiver.post(kept.pair, lost))
+        assert receiver.raw() == kept.bytes
+        eventually(lambda: receiver.post(kept.pair, lost).json == ACCEPTED, seconds=5)
+    kept.has_been_closed_and_left_alone()
+    assert receiver.ids() == ids(kept.payload, lost)
+    recovers(receiver)
+
+
+def test_what_no_file_can_hold_is_refused_again_and_again_and_said_once(kept: Kept) -> None:
+    # "Cannot store" and "stored again" must not take turns.
+    receiver, large = kept.receiver, signal_payload(text="x" * 20_000)
+    with file_size_limit(receiver, 10_000):
+        until = time.monotonic() + 2.5
+        while time.monotonic() < until:
+            assert is_unavailable(receiver.post(kept.pair, large))
+            time.sleep(0.05)
+        assert status(receiver) == 503
+        assert len(complaints(receiver)) == 1
+    recovers(receiver)
+    assert receiver.post(kept.pair, large).json == ACCEPTED
+    assert receiver.ids() == ids(kept.payload, large)
+
+
+@needs_strace
+@pytest.mark.parametrize("stranger", [False, True], ids=["alone", "someone truncates it"])
+def test_what_a_short_write_left_is_cut_before_anything_else_is_written(
+    kept: Kept, tmp_path: Path, stranger: bool
+) -> None:
+    receiver, lost = kept.receiver, signal_payload()
+    with injected(receiver, tmp_path / "t", "ftruncate:error=EIO") as trace:
+        with file_size_limit(receiver, len(kept.bytes) + 50):
+            assert is_unavailable(receiver.post(kept.pair, lost))
+        assert was_injected(trace, "ftruncate")
+        assert receiver.current.stat().st_size == len(kept.bytes) + 50
+        time.sleep(1.2)
+        assert is_unavailable(receiver.post(kept.pair, lost))  # it cannot be cut yet
+        if stranger:
+            os.truncate(receiver.current, len(kept.bytes) - 20)
+    recovers(receiver)
+    assert receiver.raw() == (b"" if stranger else kept.bytes)
+    assert receiver.post(kept.pair, lost).json == ACCEPTED
+    assert receiver.ids() == ids(*(() if stranger else (kept.payload,)), lost)
+
+
+@needs_strace
+def test_a_closing_that_is_due_and_cannot_rename_leaves_the_segment_open_and_storing(
+    start: Callable[..., Receiver], pair: Pair, tmp_path: Path
+) -> None:
+    receiver = start("--segment-bytes", "600")
+    payloads = [signal_payload() for _ in range(8)]
+    with injected(receiver, tmp_path / "t", "rename,renameat,renameat2:error=EIO") as trace:
+        for each in payloads[:5]:
+            assert receiver.post(pair, each).json == ACCEPTED
+        assert was_injected(trace, r"rename\w*")
+        assert status(receiver) == 200
+        said = [line for line in receiver.log if "cannot close" in line]
+        assert len(said) == 1
+        assert receiver.closed_segments() == []
+    eventually(receiver.closed_segments, seconds=5)
+    for each in payloads:
+        assert receiver.post(pair, each).json == ACCEPTED
+    assert receiver.ids() == ids(*payloads)
+    assert receiver.closed_segments()[0].read_bytes().count(b"\n") >= 5
+    no_traceback(receiver)
+
+
+@needs_strace
+def test_a_directory_that_cannot_be_synced_at_a_closing_is_503_until_it_can(
+    start: Callable[..., Receiver], pair: Pair, tmp_path: Path
+) -> None:
+    receiver = start("--segment-bytes", "600")
+    kept = Kept(receiver, pair)
+    payloads = [signal_payload() for _ in range(4)]
+    with injected(receiver, tmp_path / "t", "fsync:error=EIO") as trace:
+        answers = [receiver.post(pair, each) for each in payloads]
+        assert was_injected(trace, "fsync")
+        assert is_unavailable(answers[-1])
+        still_serves_what_needs_no_disk(receiver, pair, kept.payload)
+    recovers(receiver)
+    for each in payloads:
+        assert receiver.post(pair, each).json == ACCEPTED
+    assert receiver.ids() == ids(kept.payload, *payloads)
+    no_traceback(receiver)
+
+
+# --- A disk that hangs -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hanging(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
+    """A receiver whose disk hangs in the middle of a batch; shared, for that takes its time."""
+    if shutil.which("strace") is None:
+        pytest.skip("needs Debian's strace")
+    directory, pair = tmp_path_factory.mktemp("hanging"), Pair("my-app")
+    options = ("--console", "0", "--timeout", "2", "--keepalive", "2")
+    manager = {"NOTIFY_SOCKET": str(directory / "notify"), "WATCHDOG_USEC": "2000000"}
+    notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    notify.bind(manager["NOTIFY_SOCKET"])
+    kept = Kept(receiver := Receiver(directory, *options, pairs=(pair,), env=manager), pair)
+
+    def listen() -> None:
+        while told := notify.recv(1000):
+            kept.notices.append(told)
+
+    threading.Thread(target=listen, daemon=True).start()
+    with injected(receiver, directory / "t", "fdatasync:delay_enter=90000000") as trace:
+        post_and_forget(receiver, pair, signal_payload())
+        eventually(lambda: "fdatasync(" in trace.read_text())
+        yield kept
+        receiver.process.kill()
+
+
+def post_and_forget(receiver: Receiver, pair: Pair, payload: bytes) -> list[int]:
+    """Post it in a thread; the list that will hold the answer's status, if one comes."""
+    statuses: list[int] = []
+
+    def post() -> None:
+        with suppress(OSError):
+            statuses.append(receiver.post(pair, payload).status)
+
+    threading.Thread(target=post, daemon=True).start()
+    return statuses
+
+
+def test_while_the_disk_hangs_verify_repeats_and_the_console_are_answered(
+    hanging: Kept,
+) -> None:
+    receiver = hanging.receiver
+    began = time.monotonic()
+    assert receiver.verify(hanging.pair).status == 200
+    assert receiver.post(hanging.pair, hanging.payload).json == ACCEPTED
+    console = int(receiver.wait_for_log("console on").rpartition(":")[2].rstrip("/"))
+    for path in ("/", "/status", "/metrics"):
+        host = {"host": f"localhost:{console}", "connection": "close"}
+        assert ask(console, request_bytes("GET", path, host)).status == 200
+    assert time.monotonic() - began < 2
+
+
+def test_while_the_disk_hangs_other_connections_end_in_time(hanging: Kept) -> None:
+    port = hanging.receiver.port
+    with Wire(port) as idle, Wire(port) as slow, Wire(port, timeout=0.1) as waiting:
+        idle.send(request_bytes("GET", "/status"))
+        idle.answer()
+        slow.send(b"POST /live HTTP/1.1\r\n")
+        began = time.monotonic()
+        waiting.send(post_bytes(hanging.pair, signal_payload()))
+        assert slow.answer().status == 408
+        assert 1.5 < time.monotonic() - began < 4
+        assert idle.ends()
+        assert 1.5 < time.monotonic() - began < 4
+        with pytest.raises(TimeoutError):
+            waiting.ends()
+
+
+def test_while_the_disk_hangs_keys_are_read_again(hanging: Kept) -> None:
+    fresh = Pair("fresh").write(hanging.receiver.keys)
+    hanging.receiver.signal(signal.SIGHUP)
+    eventually(lambda: hanging.receiver.verify(fresh).status == 200, seconds=5)
+
+
+def test_while_the_disk_hangs_status_and_the_service_manager_are_told_so(
+    hanging: Kept,
+) -> None:
+    receiver = hanging.receiver
+    eventually(lambda: status(receiver) == 503, seconds=15, every=0.25)
+    said = re.compile(rb"STATUS=.*cannot store[^\0]*WATCHDOG=1", re.IGNORECASE)
+    # It says so, and goes on saying that it is alive: this is no reason for a restart.
+    eventually(lambda: said.search(b"\n".join(hanging.notices)))
+
+
+def test_while_the_disk_hangs_no_more_than_64_mib_wait_for_it(hanging: Kept) -> None:
+    waiting = [
+        post_and_forget(hanging.receiver, hanging.pair, signal_payload(text="x" * 1_040_000))
+        for _ in range(70)
+    ]
+    eventually(lambda: sum(map(len, waiting)) >= 6, seconds=60)
+    time.sleep(0.5)
+    answered = [each for statuses in waiting for each in statuses]
+    assert set(answered) == {503}
+    assert 6 <= len(answered) <= 8
+    process = Path("/proc", str(hanging.receiver.process.pid), "status")
+    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", process.read_text())
+    print(f"64 MiB wait: {int(peak) / 1024:.0f} MiB at most")
+    assert int(peak) < 400 << 10
+
+
+@needs_strace
+def test_a_stop_while_the_disk_hangs_takes_less_than_10_seconds(kept: Kept, tmp_path: Path) -> None:
+    receiver = kept.receiver
+    with injected(receiver, tmp_path / "t", "fdatasync:delay_enter=40000000") as trace:
+        answered = post_and_forget(receiver, kept.pair, signal_payload())
+        eventually(lambda: "fdatasync(" in trace.read_text())
+        receiver.signal(signal.SIGTERM)
+        # It has ended; strace holds on to the thread that was made to wait until it lets go.
+        process = Path("/proc", str(receiver.process.pid), "stat")
+        eventually(lambda: process.read_text().rpartition(")")[2].split()[0] == "Z", seconds=10)
+        assert answered == []
+    assert receiver.process.wait(5) == 0
+    assert payload_id(kept.payload) in receiver.ids()
+
+
+# --- Strangers in the directory ----------------------------------------------------------------
+
+
+WAYS = (
+    "renamed",
+    "removed",
+    "replaced by nothing",
+    "replaced by lines",
+    "replaced by a copy",
+    "cut",
+    "cut to nothing",
+)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_segment_that_someone_took_away_is_not_written_to_and_one_that_was_cut_gets_no_hole(
+    kept: Kept, tmp_path: Path, way: str
+) -> None:
+    receiver, theirs = kept.receiver, signal_payload()
+    second = signal_payload()
+    assert receiver.post(kept.pair, second).json == ACCEPTED
+    before: tuple[bytes, ...] = ()  # what is in the new segment before anything comes
+    with receiver.current.open("rb") as old:
+        size = os.fstat(old.fileno()).st_size
+        if way == "cut":  # in its second line
+            os.truncate(receiver.current, len(kept.bytes) + 50)
+            before = (kept.payload,)
+        elif way == "cut to nothing":
+            os.truncate(receiver.current, 0)
+        elif way == "removed":
+            receiver.current.unlink()
+        else:
+            receiver.current.rename(tmp_path / "current.jsonl.1")
+        if way == "replaced by nothing":  # as `create` in logrotate's configuration does
+            receiver.current.touch(0o640)
+        elif way == "replaced by lines":
+            receiver.current.write_bytes(stored_line(theirs) + b'{"half')
+            before = (theirs,)
+        elif way == "replaced by a copy":  # as some editors do
+            receiver.current.write_bytes(old.read())
+            before = (kept.payload, second)
+        fresh = [signal_payload() for _ in range(3)]
+        for each in (kept.payload, *fresh):
+            assert receiver.post(kept.pair, each).json == ACCEPTED
+        assert way.startswith("cut") or os.fstat(old.fileno()).st_size == size
+    assert receiver.ids() == ids(*before, *fresh)
+
+
+def test_a_segment_renamed_under_load_again_and_again_loses_nothing(
+    receiver: Receiver, pair: Pair
+) -> None:
+    with Load((pair,), receiver.port) as load:
+        for number in range(10):
+            load.reach(15)
+            # A suffix that sorts before .jsonl, as logrotate's dateext with `extension` makes it.
+            receiver.current.rename(receiver.signals / f"current.{number:02}.jsonl")
+    assert balance(load, receiver.signals).segments >= 10
+    no_traceback(receiver)
+
+
+@pytest.mark.parametrize("year", ["9999", "0000"])
+def test_a_file_with_an_impossible_time_in_its_name_does_no_harm(
+    start: Callable[..., Receiver], tmp_path: Path, pair: Pair, year: str
+) -> None:
+    stray = tmp_path / "signals" / f"{year}1399T999999.999999Z.jsonl"
+    stray.parent.mkdir()
+    stray.touch()
+    receiver = start("--segment-bytes", "300")
+    payloads = [signal_payload() for _ in range(4)]
+    for each in payloads:
+        connection = receiver.connect(timeout=3)
+        assert receiver.post(pair, each, connection=connection).json == ACCEPTED
+        connection.close()
+    assert sorted(receiver.ids()) == sorted(ids(*payloads))
+    assert stray.stat().st_size == 0
+    no_traceback(receiver)
+
+
+# --- The directory -----------------------------------------------------------------------------
+
+
+OBSTACLES = ("nothing may change", "read-only", "a directory", "a named pipe", "no directory")
+
+
+@contextmanager
+def obstacle(kind: str, signals: Path) -> Iterator[None]:
+    """No segment can be opened, and there is none."""
+    current = signals / "current.jsonl"
+    current.rename(signals / SEGMENTS[1])
+    if kind == "nothing may change":
+        subprocess.run(["chattr", "+i", signals], check=True)
+        yield
+        subprocess.run(["chattr", "-i", signals], check=True)
+    elif kind == "read-only":
+        with mounted(signals, "-t", "tmpfs", "-o", "ro", "tmpfs"):
+            yield
+    elif kind == "no directory":
+        shutil.rmtree(signals)
+        yield
+        signals.mkdir()
+    else:
+        current.mkdir() if kind == "a directory" else os.mkfifo(current)
+        yield
+        current.rename(signals / "aside")
+
+
+@pytest.mark.parametrize("kind", OBSTACLES)
+def test_where_no_segment_can_be_opened_it_answers_503_until_one_can(kept: Kept, kind: str) -> None:
+    if kind == "nothing may change" and (os.geteuid() or not shutil.which("chattr")):
+        pytest.skip("needs root and chattr (Debian's e2fsprogs)")
+    receiver, lost = kept.receiver, signal_payload()
+    with obstacle(kind, receiver.signals):
+        assert is_unavailable(receiver.post(kept.pair, lost))
+        still_serves_what_needs_no_disk(receiver, kept.pair, kept.payload)
+    recovers(receiver)
+    assert receiver.post(kept.pair, lost).json == ACCEPTED
+    assert receiver.ids() == ids(*([] if kind == "no directory" else [kept.payload]), lost)
+    no_traceback(receiver)
+
+
+def test_a_directory_put_in_the_old_ones_place_is_used_from_the_next_signal_on_and_locked(
+    kept: Kept,
+) -> None:
+    receiver, fresh = kept.receiver, signal_payload()
+    aside = receiver.directory / "aside"
+    receiver.signals.rename(aside)
+    receiver.signals.mkdir()
+    assert receiver.post(kept.pair, fresh).json == ACCEPTED
+    assert receiver.ids() == ids(fresh)
+    assert (aside / "current.jsonl").read_bytes() == kept.bytes
+    refused_start(receiver.directory)

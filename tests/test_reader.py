@@ -1,0 +1,226 @@
+"""The strict reader alone: bytes in, a request or a refusal out, as RFC 9112 and 9110 word it."""
+
+from __future__ import annotations
+
+import io
+import json
+import string
+
+import pytest
+from corpus import (
+    ACCEPTED,
+    BODY,
+    REFUSED,
+    STATUS,
+    Case,
+    agree,
+    chunked,
+    get,
+    head,
+    post,
+    read_all,
+    sized,
+    target,
+)
+
+from liveapi_server import Head, Refusal, read_body, read_head
+
+MIB = 1 << 20
+TOKEN = (string.ascii_letters + string.digits + "!#$%&'*+-.^_`|~").encode()
+
+
+def read(data: bytes, max_body: int = MIB) -> tuple[Head, bytes]:
+    """The first request in `data`, of which the first byte has been read already."""
+    file = io.BytesIO(data[1:])
+    found = read_head(file, data[:1])
+    return found, read_body(file, found, max_body)
+
+
+def refusal(data: bytes, max_body: int = MIB) -> Refusal:
+    with pytest.raises(Refusal) as caught:
+        read(data, max_body)
+    return caught.value
+
+
+# Grammar
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=str)
+def test_malformed_or_ambiguous_requests_are_refused_by_what_is_there(case: Case) -> None:
+    """EOFError would mean that the reader had waited for more, though this says enough."""
+    for refused in (refusal(case.data), read_all(io.BytesIO(case.data + STATUS), MIB)[1]):
+        assert refused is not None, "what follows the request was read as its rest"
+        assert refused.answer.status in case.statuses, refused.reason
+        assert json.loads(refused.answer.body) == {"error": refused.reason}
+        assert len(refused.reason) > 3
+
+
+@pytest.mark.parametrize("case", ACCEPTED, ids=str)
+def test_unusual_but_right_requests_are_read_as_h11_reads_them(case: Case) -> None:
+    agree(case.data, read(case.data))
+
+
+@pytest.mark.parametrize("case", ACCEPTED, ids=str)
+def test_nothing_after_the_request_is_consumed(case: Case) -> None:
+    line = case.data.index(b"\n") + 1
+    for rest, first in ((b"", 0), (b"\r\n", 1), (b"0\r\n\r\n", line), (STATUS, line)):
+        file = io.BytesIO(case.data[first:] + rest)
+        read_body(file, read_head(file, case.data[:first]), MIB)
+        assert file.read() == rest
+
+
+ONE = b"GET /live?a=b%20c HTTP/1.1\r\nHost: a\r\nX-A:  1 \r\nx-a: 2\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "wanted"),
+    [
+        (ONE, {"method": "GET", "path": "/live", "query": "a=b%20c", "length": 0}),
+        (ONE, {"fields": {b"host": b"a", b"x-a": b"1, 2"}, "close": False, "continues": False}),
+        (target(b"http://b:8/status?c"), {"path": "/status", "query": "c"}),
+        (target(b"https://b?c"), {"path": "/", "query": "c"}),
+        (target(b"/a%2Fb//c/../d"), {"path": "/a%2Fb//c/../d", "query": ""}),
+        (get(line=b"OPTIONS * HTTP/1.1"), {"method": "OPTIONS", "path": "*"}),
+        (get(line=b"BREW / HTTP/1.1"), {"method": "BREW"}),
+        (sized(b"5"), {"method": "POST", "length": 5}),
+        (sized(b"005"), {"length": 5}),
+        (post(), {"length": 0}),
+        (chunked(b"0\r\n\r\n"), {"length": None}),
+        (post(b"transfer-encoding: CHUNKED") + b"0\r\n\r\n", {"length": None}),
+        (get(b"Connection: close"), {"close": True}),
+        (get(b"Connection: x ,\tClose , y"), {"close": True}),
+        (get(b"Connection: x", b"Connection: close"), {"close": True}),
+        (get(b"Connection: closed"), {"close": False}),
+        (get(line=b"GET / HTTP/1.0"), {"close": True}),
+        (get(b"Connection: Keep-Alive", line=b"GET / HTTP/1.0"), {"close": False}),
+        (get(b"Connection: keep-alive, close", line=b"GET / HTTP/1.0"), {"close": True}),
+        (post(b"Expect: 100-Continue", b"Content-Length: 5") + BODY, {"continues": True}),
+        (
+            post(b"Expect: 100-continue", b"Content-Length: 5", version=b"HTTP/1.0") + BODY,
+            {"continues": False},  # RFC 9110 §10.1.1: it MUST be ignored there
+        ),
+    ],
+)
+def test_a_head_says_what_was_sent(data: bytes, wanted: dict[str, object]) -> None:
+    found, _ = read(data)
+    assert {name: getattr(found, name) for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        STATUS,
+        b"\r\n" + STATUS,
+        sized(b"5"),
+        chunked(b'5;a="b"\r\n{   }\r\n0\r\nA: b\r\n\r\n'),
+    ],
+    ids=["head", "empty line", "length", "chunks"],
+)
+def test_a_request_cut_short_anywhere_is_neither_read_nor_refused(data: bytes) -> None:
+    """RFC 9112 §8: an incomplete request must not be processed; its rest may still come."""
+    read(data)
+    for cut in range(len(data)):
+        with pytest.raises(EOFError):
+            read(data[:cut])
+
+
+def test_bytes_that_begin_no_request_are_refused_by_the_first_of_them() -> None:
+    """A TLS hello on a plain port, say: it may be all that comes."""
+    for first in (*range(32), *range(127, 256)):
+        data = bytes([first])
+        if data in (b"\r", b"\n"):
+            continue
+        assert refusal(data).answer.status == 400
+        with pytest.raises(Refusal):
+            read_head(io.BytesIO(data))
+    for first in TOKEN:
+        with pytest.raises(EOFError):
+            read(bytes([first]))
+
+
+def test_different_mistakes_can_be_told_apart_by_their_reasons() -> None:
+    mistakes = [
+        head(b"GET / HTTP/1.1"),
+        get(b"Host: a"),
+        get(b"Host : a"),
+        target(b"/status#x"),
+        get(line=b"GET / HTTP/1.1 x"),
+        get(line=b"GET / HTTP/2.0"),
+        target(b"/" + b"a" * 8192),
+        get(b"A: " + b"b" * 32768),
+        post(b"Content-Length: 1048577"),
+        sized(b"+5"),
+        post(b"Transfer-Encoding: gzip"),
+        post(b"Content-Length: 5", b"Transfer-Encoding: chunked"),
+        chunked(b"5;\r\n"),
+        chunked(b"1\r\na\r\n" * 6000),
+    ]
+    reasons = [refusal(data).reason for data in mistakes]
+    assert len(set(reasons)) >= len(mistakes) - 1, reasons
+
+
+# Limits
+
+
+def test_a_header_section_of_exactly_32_kib_is_read_and_no_larger_one() -> None:
+    line = b"Host: a\r\n"
+    filler = b"A: " + b"b" * (32768 - len(line) - len(b"A: \r\n"))
+    found, _ = read(head(b"GET / HTTP/1.1", line[:-2], filler))
+    assert len(found.fields[b"a"]) == 32768 - 14
+    assert refusal(head(b"GET / HTTP/1.1", line[:-2], filler + b"b")).answer.status == 431
+    many = [b"A: " + b"b" * 1000] * 40
+    assert refusal(get(*many)).answer.status == 431
+
+
+def test_a_body_of_exactly_the_limit_is_read_and_no_larger_one() -> None:
+    whole = post(b"Content-Length: 100") + b"a" * 100
+    assert read(whole, 100)[1] == b"a" * 100
+    assert refusal(post(b"Content-Length: 101"), 100).answer.status == 413
+
+
+def test_the_limit_of_a_chunked_body_is_that_of_its_content() -> None:
+    chunks = b"1\r\na\r\n" * 100
+    assert read(chunked(chunks + b"0\r\n\r\n"), 100)[1] == b"a" * 100
+    assert refusal(chunked(chunks + b"1\r\n"), 100).answer.status == 413
+    assert refusal(chunked(b"65\r\n"), 100).answer.status == 413
+
+
+def test_framing_may_outweigh_the_content_by_16_kib_and_no_more() -> None:
+    """Each chunk here has six bytes of framing (line ends are framing too) and one of content."""
+    fits = (16 << 10) // 5 - 1
+    chunk = b"01\r\na\r\n"
+    assert len(read(chunked(chunk * fits + b"0\r\n\r\n"))[1]) == fits
+    assert refusal(chunked(chunk * (fits + 3))).answer.status == 400
+
+
+def test_many_chunks_that_hold_something_are_read_however_many_they_are() -> None:
+    letters = string.ascii_letters.encode()[:26]
+    chunks = b"1a\r\n%b\r\n1A\r\n%b\r\n" % (letters, letters)
+    assert read(chunked(chunks * 20_000 + b"0\r\n\r\n"))[1] == letters * 40_000
+
+
+@pytest.mark.parametrize(
+    ("opening", "statuses"),
+    [
+        (b"GET /", (414,)),
+        (b"A", (400, 414, 431)),
+        (b"GET /status HTTP/1.1", (400, 414, 431)),
+        (b"GET /status HTTP/1.1\r\nHost: a\r\nA: ", (431,)),
+        (b"GET /status HTTP/1.1\r\nHost: a\r\nA", (431,)),
+        (chunked(b"5;"), (400, 413, 431)),
+        (chunked(b"0\r\nA: "), (400, 413, 431)),
+    ],
+    ids=["target", "method", "version", "value", "name", "extension", "trailer"],
+)
+def test_a_line_without_an_end_is_refused_while_it_comes(
+    opening: bytes, statuses: tuple[int, ...]
+) -> None:
+    file = io.BytesIO(opening + b"a" * MIB)
+    with pytest.raises(Refusal) as caught:
+        read_body(file, read_head(file), MIB)
+    assert caught.value.answer.status in statuses
+    assert file.tell() < len(opening) + 40_000, "it read on though this was too long already"
+
+
+def test_empty_lines_without_an_end_are_refused() -> None:
+    assert refusal(b"\r\n" * 20000).answer.status in (400, 431)

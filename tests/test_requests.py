@@ -1,0 +1,1041 @@
+"""The contract's table of requests, row by row over real sockets; and HTTP/1.1 around them.
+
+What the reader takes and refuses is test_reader.py's; here it is what is answered, and stored.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import json
+import re
+import select
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, quote_plus
+
+import pytest
+from disks import injected
+from harness import (
+    ACCEPTED,
+    PROGRAM,
+    Answer,
+    Pair,
+    Receiver,
+    b64url,
+    eventually,
+    payload_id,
+    signal_payload,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from joserfc import jwe
+from joserfc.jwk import OctKey
+from peers import content_key, stored_ids, stored_text
+from tools import needs_strace
+from wire import Wire, ask, post_bytes, request_bytes
+
+from liveapi_server import Instance, load_instances
+
+VECTOR = Pair(
+    "vector",
+    "5f0c2d7a91b34e68a1f4c9d27be0538c6a7d1e94f2b80c35d6e97a41f8b2c60d",
+    "b7e1f6304c9d48a2935e0c7fd81a264be5937c0d1fa846b2c85e3d907f14ab62",
+)
+SDK = Pair("sdk", private="a test key")
+OTHER = Pair("other-app")
+NAMES = ["x-notificare-public-key", "x-notificare-signature"]
+KEY = {NAMES[0]: VECTOR.public}
+STATUS = request_bytes("GET", "/status")
+MISSING = {"message": "missing parameters"}
+UNKNOWN = {"error": "invalid public key"}
+WRONG = {"error": "invalid signature"}
+FORGERY = {"error": "challenge could pass for a signal"}
+RANDOM = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def of_all_tests(directory: Path, *options: str) -> Iterator[Receiver]:
+    """One receiver for the many tests that each look only for what they sent."""
+    receiver = Receiver(directory, *options, pairs=(VECTOR, SDK, OTHER))
+    yield receiver
+    try:
+        assert receiver.stop() == 0
+        assert "Traceback" not in "\n".join(receiver.log)
+    finally:
+        receiver.kill()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Receiver]:
+    yield from of_all_tests(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Receiver]:
+    """One with little patience and little room."""
+    options = ("--max-body", "1000", "--timeout", "1", "--keepalive", "1.5")
+    yield from of_all_tests(tmp_path_factory.mktemp("small"), *options)
+
+
+def refused(answer: Answer, status: int, body: dict[str, str] | None = None) -> None:
+    """An error is JSON, and gives a reason."""
+    assert answer.status == status, answer
+    assert answer.headers["content-type"].split(";")[0] == "application/json"
+    assert isinstance(answer.json, dict)
+    assert all(isinstance(text, str) and len(text) > 3 for text in answer.json.values())
+    assert answer.json
+    assert body is None or answer.json == body, answer
+
+
+@contextmanager
+def storing_nothing(receiver: Receiver) -> Iterator[None]:
+    before = receiver.raw()
+    yield
+    assert receiver.raw() == before
+
+
+# --- Verify -----------------------------------------------------------------------------------
+
+
+def verify(receiver: Receiver, query: str, pair: Pair = VECTOR) -> Answer:
+    return receiver.request("GET", f"/live?{query}", headers={NAMES[0]: pair.public})
+
+
+VENDORS = b"ddDzXOU6EMrITLgRKBIbhBAHxWAZBUj1nTk9Exs5PNE="
+
+
+@pytest.mark.parametrize(
+    ("query", "pair", "signed"),
+    [
+        ("3f1c9d0e%20a%2Bb%2Fc%3D%3D", VECTOR, b"MPtbRDPqpeKPSeKi14VutHA5D3zRcMFBGKvvL6B8E34="),
+        ("some%20simple%20test%20data", SDK, VENDORS),
+        ("some+simple+test+data&a=1&b=&c", SDK, VENDORS),
+    ],
+)
+def test_the_challenges_of_the_protocol_and_the_vendor_get_the_answers_given_there(
+    shared: Receiver, query: str, pair: Pair, signed: bytes
+) -> None:
+    answer = verify(shared, f"challenge={query}", pair)
+    assert (answer.status, answer.body) == (200, signed)
+    assert answer.headers["content-type"].split(";")[0] == "text/plain"
+
+
+SIGNED = ["a", "é€😀", "a&b=c;d#e?f", "%41", "100%", "a b\tc\r\nd", "=", "\x00", "\u2028", "[1]"]
+ALMOST = ["[{}]", '"{}"', "x{}", "\x0b{}", "\x0c{}", "\xa0{}", "\ufeff{}", "\x00{}", "x" * 2500]
+
+
+@pytest.mark.parametrize("challenge", SIGNED + ALMOST, ids=ascii)
+def test_other_text_is_signed_as_it_was_meant_and_is_no_signal(
+    shared: Receiver, challenge: str
+) -> None:
+    right = VECTOR.sign(challenge.encode())
+    for encoded in (quote(challenge, safe=""), quote_plus(challenge)):
+        answer = verify(shared, f"challenge={encoded}")
+        assert (answer.status, answer.body.decode()) == (200, right)
+    with storing_nothing(shared):
+        refused(shared.post(VECTOR, challenge.encode()), 400)
+
+
+@pytest.mark.parametrize("space", ["", " ", "\t", "\r", "\n", "\n \t\r\n  "], ids=ascii)
+@pytest.mark.parametrize("rest", ["{}", "{", '{"a":1}', "{not JSON", "{\x00"], ids=ascii)
+def test_a_challenge_that_begins_with_a_brace_is_refused(
+    shared: Receiver, space: str, rest: str
+) -> None:
+    for encoded in (quote(space + rest, safe=""), quote_plus(space + rest)):
+        refused(verify(shared, f"challenge={encoded}"), 400, FORGERY)
+    refused(verify(shared, f"challenge={quote(space + rest)}&challenge=a"), 400)
+
+
+def test_no_depth_of_nesting_makes_it_sign_what_begins_with_a_brace(shared: Receiver) -> None:
+    """A parser's limit on recursion lies in between, and moves with the depth of the stack."""
+    with closing(shared.connect()) as connection:
+        for depth in range(900, 1401):
+            nested = '{"service":"x","a":' + "[" * depth + "]" * min(depth, 2690 - depth) + "}"
+            target = "/live?challenge=" + quote(nested, safe="")
+            refused(shared.request("GET", target, None, KEY, connection), 400, FORGERY)
+
+
+@RANDOM
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=200))
+def test_any_challenge_is_signed_unless_it_begins_with_a_brace(
+    shared: Receiver, challenge: str
+) -> None:
+    answer = shared.verify(VECTOR, challenge)
+    if challenge.lstrip(" \t\r\n").startswith("{"):
+        refused(answer, 400, FORGERY)
+    else:
+        assert answer.body.decode() == VECTOR.sign(challenge.encode())
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "challenge=a&challenge=b",
+        "challenge=a&challenge=a",
+        "challenge=a&x&%63hallenge=b",
+        "challenge=%ff",
+        "challenge=%ed%a0%80",
+        "challenge=a" + "&b" * 4000,
+        "&" * 4000 + "challenge=a",
+    ],
+    ids=lambda query: query[:30],
+)
+def test_a_challenge_that_is_repeated_or_no_text_or_in_a_crowd_is_refused(
+    shared: Receiver, query: str
+) -> None:
+    refused(verify(shared, query), 400)
+
+
+@pytest.mark.parametrize("target", ["/live", "/live?", "/live?challenge=", "/live?x=challenge"])
+def test_without_a_challenge_or_a_key_parameters_are_missing(shared: Receiver, target: str) -> None:
+    refused(shared.request("GET", target, headers=KEY), 400, MISSING)
+    refused(shared.request("GET", "/live?challenge=x"), 400, MISSING)
+
+
+STRANGERS = ["nobody", VECTOR.public[:-1], VECTOR.public.upper(), VECTOR.private, "\xe9\xff"]
+
+
+@pytest.mark.parametrize("key", STRANGERS, ids=ascii)
+def test_a_verify_with_an_unknown_public_key_is_refused(shared: Receiver, key: str) -> None:
+    refused(verify(shared, "challenge=x", Pair("stranger", key)), 400, UNKNOWN)
+
+
+# --- Signals ----------------------------------------------------------------------------------
+
+SIGNAL = (
+    b'{"service":"My Service","type":"re.notifica.event.notification.Open","data":'
+    b'{"id":"54ac46e8d2f5b1c2a2e39ca0","deviceID":"09260d8b1de06f3a948c516a",'
+    b'"userID":"user@example.com"},"timestamp":1421656451382}'
+)
+JWE = (
+    b"eyJhbGciOiJkaXIiLCJlbmMiOiJBMjU2R0NNIiwia2lkIjoiNWYwYzJkN2E5MWIzNGU2OGExZjRjOWQyN2JlMDUz"
+    b"OGM2YTdkMWU5NGYyYjgwYzM1ZDZlOTdhNDFmOGIyYzYwZCJ9..UFKBuWBQnFmV2TpG.PcAB6XJeYo8O4F8UEJg4"
+    b"GTW9PZdcwSm0cTb0NnhApj6N3QS6uuTLaqIoOnoQ58q_3LUXXF-f8Zy1wsfwIi7ne_ScvfiXgk5R67ZgiNq2TA4P"
+    b"Ux6kbN8RVnUtUaadjFfZihiF-qL4z89E_qz8AxJQz4GpXiCOqQ5-4GdIMOt9FJ3d0bdSGILihRfaUO3AHayflCkP"
+    b"HwPxNomf4DqMqsDyzQI617yvGE7SNX-Lvb7MbuyKoKd92sHoIoJNfmn75Ok7xr0jiivMA2m3rQ."
+    b"sd4whrZmrwq6TRPeYaYHIg"
+)
+
+
+@pytest.mark.parametrize(
+    ("body", "signature"),
+    [
+        (SIGNAL, "rpLpZU99UKWo7tyHCTZz3LlY/8kNjHxJfTVaytApw3Q="),
+        (JWE, "Vj6MhS33h4GetEkDUoTWf0YOpLKxf7f5UZZJUceOjlw="),
+    ],
+    ids=["in clear", "encrypted"],
+)
+def test_the_protocols_signal_is_accepted_and_stored(
+    start: Callable[..., Receiver], body: bytes, signature: str
+) -> None:
+    assert len(SIGNAL) == 202
+    receiver = start(pairs=(VECTOR,))
+    headers = {**KEY, "x-notificare-signature": signature}
+    answer = receiver.request("POST", "/live", body, headers)
+    assert (answer.status, answer.body) == (200, b'{"message":"message received"}')
+    assert answer.headers["content-type"].split(";")[0] == "application/json"
+    assert stored_text(receiver, payload_id(SIGNAL)) == SIGNAL
+
+
+def test_the_same_signal_again_is_answered_alike_and_not_stored_twice(shared: Receiver) -> None:
+    payload = signal_payload()
+    first = shared.post(VECTOR, payload)
+    for again in (shared.post(VECTOR, payload), shared.post_encrypted(VECTOR, payload)):
+        assert (again.status, again.body) == (first.status, first.body) == (200, first.body)
+    assert stored_ids(shared).count(payload_id(payload)) == 1
+
+
+@needs_strace
+@pytest.mark.parametrize(
+    ("fault", "status"), [("delay_enter=1200000", 200), ("error=EIO:delay_enter=1200000", 503)]
+)
+def test_a_repeat_that_comes_while_the_first_is_being_stored_gets_the_first_ones_answer(
+    receiver: Receiver, pair: Pair, tmp_path: Path, fault: str, status: int
+) -> None:
+    payload = signal_payload()
+    slow = injected(receiver, tmp_path / "trace", f"fdatasync:{fault}")
+    with slow, Wire(receiver.port) as first, Wire(receiver.port) as again:
+        first.send(post_bytes(pair, payload))
+        eventually(lambda: payload in receiver.raw())  # written, and now it is being synced
+        again.send(post_bytes(pair, pair.encrypt(payload)))
+        assert not select.select([first.socket, again.socket], [], [], 0.3)[0]
+        answers = [first.answer(), again.answer()]
+    assert [answer.status for answer in answers] == [status] * 2
+    assert answers[0].body == answers[1].body
+    assert receiver.ids() == ([payload_id(payload)] if status == 200 else [])
+
+
+@pytest.mark.parametrize("missing", [NAMES[:1], NAMES[1:], NAMES], ids=" and ".join)
+def test_a_missing_header_is_missing_parameters(shared: Receiver, missing: list[str]) -> None:
+    payload = signal_payload()
+    headers = {k: v for k, v in VECTOR.headers(payload).items() if k not in missing}
+    with storing_nothing(shared):
+        refused(shared.request("POST", "/live", payload, headers), 400, MISSING)
+
+
+@pytest.mark.parametrize("key", STRANGERS, ids=ascii)
+def test_a_signal_with_an_unknown_public_key_is_refused(shared: Receiver, key: str) -> None:
+    with storing_nothing(shared):
+        payload = signal_payload()
+        refused(shared.post(VECTOR, payload, **{NAMES[0]: key}), 400, UNKNOWN)
+
+
+def wrong_signatures(payload: bytes) -> dict[str, str]:
+    right = VECTOR.sign(payload)
+    raw = base64.b64decode(right)
+    return {
+        "of other bytes": VECTOR.sign(payload.replace(b"My", b"my")),
+        "of another instance": OTHER.sign(payload),
+        "in hexadecimal": raw.hex(),
+        "in base64url": base64.urlsafe_b64encode(raw).decode().replace("=", "-"),
+        "without its padding": right.rstrip("="),
+        "cut short": right[:20],
+        "longer than it should be": right + right,
+        "with its first character changed": ("A" if right[0] != "A" else "B") + right[1:],
+        "in another case": right.swapcase(),
+        "outside ASCII": "\xe9" * 44,
+        "no base64 at all": "!" * 44,
+        "nothing": "",
+    }
+
+
+@pytest.mark.parametrize("case", wrong_signatures(b""))
+def test_a_wrong_signature_is_refused(shared: Receiver, case: str) -> None:
+    payload = signal_payload()
+    signature = wrong_signatures(payload)[case]
+    with storing_nothing(shared):
+        answer = shared.post(VECTOR, payload, **{NAMES[1]: signature})
+        refused(answer, 400, WRONG)
+
+
+def test_the_signature_covers_the_jwe_not_its_plaintext(shared: Receiver) -> None:
+    payload = signal_payload()
+    with storing_nothing(shared):
+        body, signature = VECTOR.encrypt(payload), VECTOR.sign(payload)
+        refused(shared.post(VECTOR, body, **{NAMES[1]: signature}), 400, WRONG)
+
+
+# --- JSON and JWE: the first byte decides -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind", [None, "text/plain", "application/json; charset=x", "application/jose", "x"], ids=str
+)
+def test_the_content_type_decides_nothing(shared: Receiver, kind: str | None) -> None:
+    for encrypted in (False, True):
+        payload = signal_payload()
+        body = VECTOR.encrypt(payload) if encrypted else b" \t\r\n" + payload
+        headers = {k: v for k, v in VECTOR.headers(body, kind or "").items() if v}
+        assert shared.request("POST", "/live", body, headers).json == ACCEPTED
+        stored = payload if encrypted else body
+        text = stored_text(shared, payload_id(stored))
+        assert text.strip() == payload
+
+
+# fmt: off
+ODD = [
+    b"{}", b'{ "a" :\t1 , "b" : [ ] }', b'  {"a":2} \t ', b'{"hello":"world"}',
+    # Numbers, as they were written
+    b'{"a":123456789012345678901234567890}', b'{"a":' + b"9" * 5000 + b"}",
+    b'{"a":-' + b"8" * 50_000 + b"}", b'{"a":1e400,"b":-1E+400,"c":1e-400}', b'{"a":1e1000000}',
+    b'{"a":0.1000000000000000055511151231257827}', b'{"a":-0,"b":-0.0,"c":0e0,"d":0E-0}',
+    b'{"a":1.0,"b":1.10,"c":1E5,"d":1e+05}', b'{"a":[true,false,null]}',
+    # Strings
+    rb'{"a":"\"\\\/\b\f\n\r\t\u0000\u001f\u007F\u00e9\u00E9"}', rb'{"a":"\ud83d\ude00"}',
+    rb'{"a":"\ud800","\udfff":1}', '{"a":"é€\u0800\uffff\U0002070e\U000e0001\U0010ffff"}'.encode(),
+    '{"a":"\u2028\u2029\u0085\ufeff\ufffd"}'.encode(), b'{"a":"\x7f\xc2\x80\xc2\x9f"}',
+    '{"\u202e":"a\u0301\u200b\u200d"}'.encode(),
+    b'{"a":"</script><!-- & \' -->"}', b'{"a":"' + b"x" * 500_000 + b'"}',
+    # Names and nesting
+    b'{"a":1,"a":2,"a":{"b":1,"b":2}}', b'{"":{"":""}}',
+    b'{"__proto__":{"a":1},"constructor":null}',
+    b'{"id":"x","signal":{"signal":1},"instance":2,"received_at":3}',
+    b'{"protected":"e30","iv":"","ciphertext":"","tag":""}',  # a JWE in JSON serialization
+    b'{"a":' + b"[" * 199 + b"]" * 199 + b"}",
+    b"{" + b",".join(b'"k%d":%d' % (n, n) for n in range(50_000)) + b"}",
+    b'{"a":"' + b"y" * (1_048_576 - 8) + b'"}',  # a megabyte exactly
+]
+BROKEN = [  # lines
+    b'{\n  "a": 1,\n  "b": [\n    2\n  ]\n}', b'{"a":"end"}\n', b'\r\n{"a":1,\r\n"b":2}\r\n',
+    b'{"c":1,\r"b":2}', b'{"a":1e400,\n"b":123456789012345678901234567890,\n"c":1.0}',
+    b'{"a":1,\n"a":2}', b'{"a":"\\n\\ud800\\u00e9\\/",\n"b":"\xc3\xa9"}',
+    '{"a":"\u2028\u2029",\n"b":1}'.encode(), b'{"a":' + b"[\n" * 150 + b"]" * 150 + b"}",
+    b'{"a":\n' + b"7" * 5000 + b"}",
+]
+UNREADABLE = [
+    b"", b" \n ", b"hello", b'[{"a":1}]', b'"a"', b"1", b"null", b"true",
+    # Not UTF-8, or more than JSON around it
+    b'\xef\xbb\xbf{"a":1}', '{"a":1}'.encode("utf-16"), '{"a":1}'.encode("utf-16-le"),
+    '{"a":1}'.encode("utf-32-be"), '{"a":"é"}'.encode("latin-1"), b'{"a":"\xc0\xaf"}',
+    b'{"a":"\xed\xa0\x80"}', b'{"a":"\xed\xa0\xbd\xed\xb8\x80"}', b'{"a":"\xf4\x90\x80\x80"}',
+    b'{"a":"\xe2\x82"}', b'{"a":1}\x00', b'\x00{"a":1}', '\u00a0{"a":1}'.encode(), b'\x0c{"a":1}',
+    b'{"a":1}{"b":2}', b'{"a":1}\n{"b":2}', b'{"a":1} x',
+    # Syntax
+    b'{"a":1,}', b'{"a":1', b'{"a":"', b"{'a':1}", b"{a:1}", b'{"a":1/* x */}',
+    '{"a":\u00a01}'.encode(), b'{"a":\x0c1}',
+    b'{"a":"x\ny"}', b'{"a":"x\ty"}', b'{"a":"x\x00y"}',
+    rb'{"a":"\x41"}', rb'{"a":"\u12"}', rb'{"a":"\u+123"}', rb'{"a":"\u1_23"}', rb'{"a":"\u 123"}',
+    b'{"a":NaN}', b'{"a":Infinity}', b'{"a":[-Infinity]}', b'{"a":01}', b'{"a":+1}', b'{"a":.5}',
+    b'{"a":1.}', b'{"a":1e}', b'{"a":0x10}', b'{"a":1_000}', '{"a":١٢}'.encode(),
+    # Deeper than any stack
+    b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", b'{"a":' + b"[" * 100_000,
+    b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+]
+# fmt: on
+
+
+def shown(body: bytes) -> str:
+    return ascii(body[:40])[2:-1]
+
+
+@pytest.mark.parametrize("payload", ODD, ids=shown)
+def test_a_payload_is_stored_byte_for_byte(shared: Receiver, payload: bytes) -> None:
+    assert shared.post(VECTOR, payload).json == ACCEPTED
+    assert stored_text(shared, payload_id(payload), "vector") == payload
+    body = OTHER.encrypt(payload)
+    if len(body) <= 1_048_576:
+        assert shared.post(OTHER, body).json == ACCEPTED
+        assert stored_text(shared, payload_id(payload), "other-app") == payload
+
+
+def tokens(text: bytes) -> bytes:
+    """The JSON text without the white space between its tokens."""
+    out = re.sub(rb'("(?:[^"\\]|\\.)*")|[ \t\r\n]+', lambda m: m[1] or b"", text)
+    assert out
+    return out
+
+
+@pytest.mark.parametrize("payload", BROKEN, ids=shown)
+def test_a_payload_of_lines_loses_only_its_line_breaks(shared: Receiver, payload: bytes) -> None:
+    assert shared.post(VECTOR, payload).json == ACCEPTED
+    stored = stored_text(shared, payload_id(payload))
+    assert b"\n" not in stored
+    assert b"\r" not in stored
+    assert tokens(stored) == tokens(payload)
+
+
+SCALARS = st.none() | st.booleans() | st.integers(-(10**40), 10**40) | st.text(max_size=20)
+NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
+
+
+def deeper(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+
+
+DOCUMENTS = st.dictionaries(
+    st.text(max_size=10), st.recursive(SCALARS | NUMBERS, deeper, max_leaves=12), max_size=5
+)
+
+
+def as_payload(document: dict[str, Any], ascii_only: bool, spaced: bool) -> bytes:
+    separators = (", ", ": ") if spaced else (",", ":")
+    return json.dumps(document, ensure_ascii=ascii_only, separators=separators).encode()
+
+
+PAYLOADS = st.builds(as_payload, DOCUMENTS, st.booleans(), st.booleans())
+
+
+def test_the_content_key_is_the_one_of_the_protocol() -> None:
+    wanted = "9427a3fccc51eb36e50942f12c03e0e65068c3426f7044f215da0ae0141156ae"
+    assert content_key(VECTOR).hex() == wanted
+
+
+@RANDOM
+@given(PAYLOADS)
+def test_what_joserfc_encrypts_or_not_is_stored_as_it_is(shared: Receiver, payload: bytes) -> None:
+    header = {"alg": "dir", "enc": "A256GCM", "kid": OTHER.public}
+    body = jwe.encrypt_compact(header, payload, OctKey.import_key(content_key(OTHER)))
+    assert shared.post(OTHER, body.encode()).json == ACCEPTED
+    assert stored_text(shared, payload_id(payload), "other-app") == payload
+    assert shared.post(VECTOR, payload).json == ACCEPTED
+    assert stored_text(shared, payload_id(payload), "vector") == payload
+
+
+@pytest.fixture(scope="module")
+def instance(tmp_path_factory: pytest.TempPathFactory) -> Instance:
+    keys = tmp_path_factory.mktemp("keys")
+    VECTOR.write(keys)
+    return load_instances(keys)[VECTOR.public.encode()]
+
+
+@RANDOM
+@given(PAYLOADS)
+def test_joserfc_decrypts_what_check_and_demo_encrypt(instance: Instance, payload: bytes) -> None:
+    key = OctKey.import_key(content_key(VECTOR))
+    assert jwe.decrypt_compact(instance.encrypt(payload), key).plaintext == payload
+
+
+# --- Authentic, but no signal -----------------------------------------------------------------
+
+
+def sealed(payload: bytes = b'{"a":1}', **header: Any) -> list[str]:
+    """A JWE's five parts, its protected header changed as told; None takes a key out."""
+    whole = {"alg": "dir", "enc": "A256GCM", "kid": VECTOR.public, **header}
+    parts = VECTOR.encrypt(payload, {k: v for k, v in whole.items() if v is not None})
+    return parts.decode().split(".")
+
+
+def undecryptable() -> Iterator[tuple[str, bytes]]:
+    good = sealed(signal_payload())
+    head, none, iv, text, tag = good
+    raw_text, raw_tag = (base64.urlsafe_b64decode(part + "==") for part in (text, tag))
+    headers = [
+        b64url(each) for each in (b"x", b"[]", b"[" * 50_000, b'{"alg":"none","enc":"A256GCM"}')
+    ]
+    parts = {
+        "four parts": good[:4],
+        "six parts": [*good, ""],
+        "an encrypted key": [head, b64url(b"key"), iv, text, tag],
+        "a changed text": [head, none, iv, ("A" if text[0] != "A" else "B") + text[1:], tag],
+        "no text": [head, none, iv, "", tag],
+        "a byte moved from text to tag": [
+            *(head, none, iv, b64url(raw_text[:-1]), b64url(raw_text[-1:] + raw_tag))
+        ],
+        "a byte moved from tag to text": [
+            *(head, none, iv, b64url(raw_text + raw_tag[:1]), b64url(raw_tag[1:]))
+        ],
+        "padding": [head, none, iv, text + "=" * (-len(text) % 4 or 4), tag],
+        "white space inside": [head, none, iv, text[:4] + "\n" + text[4:], tag],
+        "white space before": [" " + head, *good[1:]],
+        "white space after": [*good[:4], tag + "\n"],
+        "the standard alphabet": [*good[:4], tag[:-2] + "+/"],
+        "outside ASCII": [*good[:4], tag[:-1] + "\xff"],
+        **{
+            f"a tag of {len(t)}": [*good[:4], b64url(t)]
+            for t in (bytes(16), b"", raw_tag[:-1], raw_tag[:12])
+        },
+        **{f"an IV of {n}": [head, none, b64url(bytes(n)), text, tag] for n in (0, 12, 16)},
+        **{f"header {each[:20]}": [each, *good[1:]] for each in ("", *headers)},
+    }
+    yield from ((name, ".".join(each).encode("latin-1")) for name, each in parts.items())
+    for change in (
+        *({"alg": alg} for alg in ("A256GCMKW", "none", None, "DIR")),
+        *({"enc": enc} for enc in ("A128GCM", "A256CBC-HS512", None, ["A256GCM"])),
+        *({"zip": "DEF"}, {"crit": ["exp"]}, {"crit": []}, {"kid": OTHER.public}, {"kid": 7}),
+    ):
+        yield str(change).replace(OTHER.public, "another's"), ".".join(sealed(**change)).encode()
+    yield "another instance's keys", OTHER.encrypt(b'{"a":1}')
+    for payload in (b"hello", b"[1]", b'{"a":NaN}', VECTOR.encrypt(b'{"a":1}')):
+        yield f"a JWE of {payload[:9]!r}", VECTOR.encrypt(payload)
+
+
+NO_SIGNAL = [pytest.param(body, id=shown(body)) for body in UNREADABLE]
+NO_SIGNAL += [pytest.param(body, id=name) for name, body in undecryptable()]
+
+
+@pytest.mark.parametrize("body", NO_SIGNAL)
+def test_what_is_authentic_but_no_signal_is_400_not_stored(shared: Receiver, body: bytes) -> None:
+    with storing_nothing(shared):
+        answer = shared.post(VECTOR, body)
+        refused(answer, 400)
+        assert list(answer.json) == ["error"]
+        assert answer.json not in (WRONG, UNKNOWN)
+
+
+@RANDOM
+@given(st.binary(max_size=60) | st.text('{}[]":,ab01e.-N \n\\u', max_size=12).map(str.encode))
+def test_random_bytes_are_stored_or_refused_as_json_says(shared: Receiver, body: bytes) -> None:
+    def no_constant(name: str) -> None:
+        raise ValueError(name)
+
+    try:
+        is_signal = isinstance(json.loads(body.decode(), parse_constant=no_constant), dict)
+    except ValueError:
+        is_signal = False
+    answer = shared.post(OTHER, body)
+    assert answer.status == (200 if is_signal else 400)
+    assert stored_ids(shared, "other-app").count(payload_id(body)) == is_signal
+
+
+@pytest.mark.parametrize("header", [{}, {"kid": None}, {"typ": "JWE"}, {"own": {"a": [1]}}])
+def test_a_jwes_header_may_say_more(shared: Receiver, header: dict[str, Any]) -> None:
+    payload = signal_payload()
+    assert shared.post(VECTOR, ".".join(sealed(payload, **header)).encode()).json == ACCEPTED
+    assert stored_text(shared, payload_id(payload)) == payload
+
+
+def test_a_reason_never_shows_what_a_message_held(receiver: Receiver, pair: Pair) -> None:
+    """It is logged and counted, for people and tools that should not see personal data."""
+    before = len(receiver.log)
+    answer = receiver.post(pair, b'{"email":"someone@example.com","a":NaN}')
+    assert "my-app" in receiver.wait_for_log(re.escape(answer.json["error"]), 5, before)
+    assert "someone" not in answer.body.decode() + "".join(receiver.log)
+
+
+# --- The other rows ---------------------------------------------------------------------------
+
+
+def test_the_path_decides_and_a_query_is_ignored(shared: Receiver) -> None:
+    for target in ("/status", "/status?x=1"):
+        answer = shared.request("GET", target)
+        assert (answer.status, answer.body) == (200, b'{"status":"ok"}')
+    for target in ("/live?x=1&challenge=y", "http://receiver.test/live?x"):  # RFC 9112 §3.2.2
+        payload = signal_payload()
+        headers = VECTOR.headers(payload)
+        assert shared.request("POST", target, payload, headers).json == ACCEPTED
+        assert payload_id(payload) in stored_ids(shared)
+
+
+@pytest.mark.parametrize("path", ["/", "/livex", "/LIVE", "/live/", "//live", "/x/../live", "/%6c"])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_another_path_is_not_found(shared: Receiver, method: str, path: str) -> None:
+    payload = signal_payload()
+    body = payload if method == "POST" else None
+    with storing_nothing(shared):
+        refused(shared.request(method, path, body, VECTOR.headers(payload)), 404)
+
+
+def test_another_endpoint_path_can_be_chosen(start: Callable[..., Receiver], pair: Pair) -> None:
+    receiver = start("--path", "/hooks/notificare")
+    assert receiver.url.endswith("/hooks/notificare")
+    payload = signal_payload()
+    target = "/hooks/notificare"
+    assert receiver.request("POST", target, payload, pair.headers(payload)).json == ACCEPTED
+    refused(receiver.post(pair, payload), 404)
+    assert receiver.request("GET", "/status").status == 200
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "BREW", "get"])
+def test_another_method_known_or_not_is_405_with_allow(shared: Receiver, method: str) -> None:
+    """RFC 9110 §15.5.6: the origin server MUST generate an Allow header field in a 405."""
+    for answer, allowed in (
+        (shared.request(method, "/live", headers=VECTOR.headers(b"")), {"GET", "HEAD", "POST"}),
+        (shared.request(method, "/status"), {"GET", "HEAD"}),
+        (shared.request("POST", "/status", b"{}"), {"GET", "HEAD"}),
+    ):
+        refused(answer, 405)
+        assert {name.strip() for name in answer.headers["allow"].split(",")} == allowed
+
+
+@pytest.mark.parametrize("target", ["*", "a:80"])
+def test_what_is_no_path_has_no_method(shared: Receiver, target: str) -> None:
+    method = "OPTIONS" if target == "*" else "CONNECT"
+    answer = ask(shared.port, request_bytes(method, target))
+    refused(answer, 405)
+    assert "allow" in answer.headers
+
+
+@pytest.mark.parametrize("coding", ["gzip", "identity", "x"])
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_content_encoding_is_415_signed_or_not(
+    shared: Receiver, coding: str, signed: bool
+) -> None:
+    payload = signal_payload()
+    headers = {"content-encoding": coding, **(VECTOR.headers(payload) if signed else {})}
+    with storing_nothing(shared):
+        refused(shared.request("POST", "/live", payload, headers), 415)
+
+
+@pytest.mark.parametrize("target", ["/status", "/live?challenge=a", "/nowhere"])
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize(
+    ("framing", "body"),
+    [
+        ({"content-length": "1"}, b""),
+        ({"content-length": "2"}, b"{}"),
+        ({"transfer-encoding": "chunked"}, b"2\r\n{}\r\n0\r\n\r\n"),
+    ],
+    ids=["announced", "length", "chunks"],
+)
+def test_a_body_with_get_or_head_is_refused_and_the_connection_closed(
+    shared: Receiver, target: str, method: str, framing: dict[str, str], body: bytes
+) -> None:
+    with Wire(shared.port) as wire:
+        wire.send(request_bytes(method, target, {**KEY, **framing}) + body + STATUS)
+        answer = wire.answer(to_head=method == "HEAD")
+        assert answer.status == 400
+        assert answer.closes
+        assert wire.ends()
+
+
+def test_a_get_that_says_it_has_no_body_is_served(shared: Receiver) -> None:
+    answer = ask(shared.port, fielded(**{"content-length": "0"}))
+    assert (answer.status, answer.closes) == (200, False)
+
+
+def test_a_post_with_neither_length_nor_chunks_has_an_empty_body(shared: Receiver) -> None:
+    """RFC 9112 §6.3; so the signature has to be that of nothing, and nothing is no signal."""
+    for signature, body in ((VECTOR.sign(b""), None), (VECTOR.sign(b"{}"), WRONG)):
+        head = request_bytes("POST", "/live", {**KEY, NAMES[1]: signature})
+        with Wire(shared.port) as wire:
+            wire.send(head + STATUS)
+            answer = wire.answer()
+            refused(answer, 400, body)
+            assert body or answer.json != WRONG
+            assert wire.answer().json == {"status": "ok"}
+
+
+def sized(size: int) -> bytes:
+    payload = signal_payload(filler="")
+    return payload.replace(b'"filler":""', b'"filler":"' + b"x" * (size - len(payload)) + b'"')
+
+
+def in_chunks(pair: Pair, body: bytes, size: int) -> bytes:
+    chunks = [body[at : at + size] for at in range(0, len(body), size)]
+    sent = b"".join(b"%X;name=value\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks)
+    headers = {**pair.headers(body), "transfer-encoding": "chunked"}
+    return request_bytes("POST", "/live", headers) + sent + b"0\r\nx-trailer: 1\r\n\r\n"
+
+
+def test_max_body_is_the_largest_body_that_is_taken(small: Receiver) -> None:
+    most, more = sized(1000), sized(1001)
+    assert small.post(VECTOR, most).json == ACCEPTED
+    assert stored_text(small, payload_id(most)) == most
+    with storing_nothing(small):
+        refused(small.post(VECTOR, more), 413)
+        refused(ask(small.port, in_chunks(VECTOR, more, 100)), 413)
+
+
+def fielded(**fields: str) -> bytes:
+    return request_bytes("GET", "/status", fields)
+
+
+MALFORMED = {
+    "a request line of four words": (b"GET /status HTTP/1.1 x\r\nhost: h\r\n\r\n", 400),
+    "no host": (b"GET /status HTTP/1.1\r\n\r\n", 400),
+    "a field without a colon": (b"GET /status HTTP/1.1\r\nhost: a\r\nfoo\r\n\r\n", 400),
+    "two framings": (fielded(**{"content-length": "5", "transfer-encoding": "chunked"}), 400),
+    "an unknown transfer coding": (fielded(**{"transfer-encoding": "gzip"}), 400),
+    "a length that is none": (post_bytes(VECTOR, b"{}", **{"content-length": "+2"}), 400),
+    "a chunk size that is none": (in_chunks(VECTOR, b"{}", 9).replace(b"2;name", b"x"), 400),
+    "a malformed trailer": (in_chunks(VECTOR, b"{}", 9).replace(b"x-trailer:", b"x"), 400),
+    "chunks outweighed by their framing": (in_chunks(VECTOR, b"{" + b" " * 5000 + b"}", 1), 400),
+    "a TLS hello": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+    "a body too large": (post_bytes(VECTOR, b'{"a":"' + b"x" * 2_000_000 + b'"}'), 413),
+    "a target too long": (request_bytes("GET", "/" + "q" * 1_000_000), 414),
+    "101 fields": (fielded(**{f"x-{n}": "y" for n in range(100)}), 431),
+    "a header section too large": (fielded(a="y" * 33_000), 431),
+    "HTTP/2.0": (request_bytes("GET", "/status", version="HTTP/2.0"), 505),
+    "HTTP/0.9": (request_bytes("GET", "/status", version="HTTP/0.9"), 505),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_a_malformed_request_is_refused_and_is_the_last(shared: Receiver, case: str) -> None:
+    """RFC 9112 §9.6: a close with unread bytes would reset the connection and lose the answer."""
+    data, status = MALFORMED[case]
+    for rest in (b"", STATUS * 4000):
+        began = time.monotonic()
+        with storing_nothing(shared), Wire(shared.port) as wire:
+            wire.send(data + rest)
+            answer = wire.answer()
+            assert time.monotonic() - began < 3, "it waited for more, though this says enough"
+            refused(answer, status)
+            assert answer.closes
+            assert wire.ends()
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        post_bytes(VECTOR, SIGNAL)[:-1],
+        in_chunks(VECTOR, SIGNAL, 50)[:-60],
+        b"POST /live HTTP/1.1\r\nhost: receiver.test\r\n",
+        b"GET /status HT",
+        b"GET\x01/status  HTTP/1.1",
+    ],
+    ids=["body", "chunks", "fields", "request line", "a line that is malformed but not at its end"],
+)
+def test_a_request_that_is_not_there_in_time_is_408(small: Receiver, part: bytes) -> None:
+    with storing_nothing(small), Wire(small.port) as wire:
+        began = time.monotonic()
+        wire.send(part)
+        answer = wire.answer()
+        assert 0.8 < time.monotonic() - began < 5
+        refused(answer, 408)
+        assert answer.closes
+        assert wire.ends()
+
+
+@pytest.mark.parametrize(
+    "part", [b"GET /status HT", STATUS[:-2], post_bytes(VECTOR, SIGNAL)[:-1], b"\r\n"]
+)
+def test_a_request_that_its_client_cuts_short_has_no_answer(shared: Receiver, part: bytes) -> None:
+    with storing_nothing(shared), Wire(shared.port) as wire:
+        wire.send(STATUS + part)
+        wire.half_close()
+        assert wire.answer().json == {"status": "ok"}
+        assert wire.ends()
+
+
+# --- Answers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("line", ["GET /live?challenge=a", "GET /", "BREW /live", "GET *", "x"])
+def test_every_answer_has_a_date_and_tells_no_version(shared: Receiver, line: str) -> None:
+    """RFC 9110 §6.6.1: a server with a clock sends Date in 2xx, 3xx and 4xx."""
+    answer = ask(shared.port, line.encode() + fielded(**KEY)[len("GET /status") :])
+    date = answer.headers["date"]
+    assert re.fullmatch(r"[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} [\d:]{8} GMT", date)
+    text = f"{answer.headers} {answer.body!r}".lower()
+    assert not re.search(r"python|basehttp|liveapi|\b3\.1\d|\b0\.\d\.\d", text)
+
+
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [("/status", 200), ("/live?challenge=a", 200), ("/live", 400), ("/nowhere", 404), ("/#", 400)],
+)
+def test_head_answers_as_get_does_without_a_body(
+    shared: Receiver, target: str, status: int
+) -> None:
+    """RFC 9110 §9.3.2: the server MUST NOT send content in the response."""
+    full = ask(shared.port, request_bytes("GET", target, KEY))
+    with Wire(shared.port) as wire:
+        wire.send(request_bytes("HEAD", target, KEY))
+        answer = wire.answer(to_head=True)
+        if answer.closes:
+            assert wire.ends()
+        else:
+            wire.send(STATUS)
+            assert wire.answer().json == {"status": "ok"}
+    assert answer.status == full.status == status
+    for name in ("content-type", "content-length", "connection"):
+        assert answer.headers.get(name) == full.headers.get(name)
+
+
+# --- Connections ------------------------------------------------------------------------------
+
+
+def test_pipelined_requests_are_answered_in_their_order(shared: Receiver) -> None:
+    """RFC 9112 §9.3.2: it MUST send the corresponding responses in the same order."""
+    good = signal_payload()
+    requests = [
+        post_bytes(VECTOR, good),
+        STATUS,
+        post_bytes(VECTOR, good, **{NAMES[1]: "bm8="}),
+        post_bytes(VECTOR, b"no signal"),
+        post_bytes(VECTOR, good),
+        in_chunks(VECTOR, signal_payload(), 40),
+        request_bytes("PUT", "/live", VECTOR.headers(good), good),
+        request_bytes("GET", "/live?challenge=c", KEY),
+        *(post_bytes(VECTOR, signal_payload()) for _ in range(30)),
+    ]
+    wanted = [200, 200, 400, 400, 200, 200, 405, 200] + [200] * 30
+    with Wire(shared.port) as wire:
+        wire.send(b"".join(requests) * 3)
+        for _ in range(3):
+            answers = [wire.answer() for _ in requests]
+            assert [answer.status for answer in answers] == wanted
+            assert answers[1].json == {"status": "ok"}
+            assert answers[7].body.decode() == VECTOR.sign(b"c")
+            assert all(answers[at].json == ACCEPTED for at in (0, 4, 5, *range(8, 38)))
+
+
+def test_nothing_after_a_request_that_closes_is_answered(shared: Receiver) -> None:
+    """RFC 9112 §9.6: MUST NOT process any further requests received on that connection."""
+    late = signal_payload()
+    with Wire(shared.port) as wire:
+        wire.send(fielded(connection="x, Close") + post_bytes(VECTOR, late) + STATUS * 1000)
+        answer = wire.answer()
+        assert (answer.status, answer.closes) == (200, True)
+        assert wire.ends()
+    assert payload_id(late) not in stored_ids(shared)
+
+
+def test_bytes_after_a_request_that_closes_do_not_cost_it_its_answer(shared: Receiver) -> None:
+    """RFC 9112 §9.6: closing on unread bytes resets, and the reset can overtake the answer.
+
+    The request fills a server's usual receive buffers to the last byte, so that what comes after
+    it is still in the kernel when it is answered.
+    """
+    for size in (4096, 8192, 16384, 65536, 131072, 262144):
+        fields = {"connection": "close", **VECTOR.headers(b"")}
+        bare = len(request_bytes("POST", "/live", {**fields, "content-length": "99999"}))
+        data = request_bytes("POST", "/live", {**fields, "content-length": f"{size - bare:05d}"})
+        for _ in range(3):
+            with Wire(shared.port) as wire:
+                wire.send(data + b"a" * (size - len(data)) + STATUS * 5000)
+                refused(wire.answer(), 400, WRONG)
+                assert wire.ends()
+
+
+def test_http_1_0_closes_unless_it_asks_otherwise(shared: Receiver) -> None:
+    """RFC 9112 §9.3: HTTP/1.0 persists only with the keep-alive option."""
+    payload = signal_payload()
+    with Wire(shared.port) as wire:
+        wire.send(request_bytes("POST", "/live", VECTOR.headers(payload), payload, "HTTP/1.0"))
+        assert wire.answer().json == ACCEPTED
+        assert wire.ends()
+    assert payload_id(payload) in stored_ids(shared)
+    fields = {**KEY, "connection": "keep-alive"}
+    with Wire(shared.port) as wire:
+        wire.send(request_bytes("GET", "/live?challenge=c", fields, None, "HTTP/1.0"))
+        answer = wire.answer()
+        assert answer.body.decode() == VECTOR.sign(b"c")
+        if "keep-alive" in answer.headers.get("connection", "").lower():
+            wire.send(STATUS)
+            assert wire.answer().status == 200
+        else:
+            assert wire.ends()
+
+
+def test_a_request_may_come_byte_by_byte(shared: Receiver) -> None:
+    with Wire(shared.port) as wire:
+        wire.drip(in_chunks(VECTOR, signal_payload(), 100) + STATUS, 0.0005)
+        assert wire.answer().json == ACCEPTED
+        assert wire.answer().json == {"status": "ok"}
+
+
+def test_a_client_that_half_closes_still_gets_its_answer(shared: Receiver) -> None:
+    with Wire(shared.port) as wire:
+        wire.send(post_bytes(VECTOR, signal_payload()) + STATUS)
+        wire.half_close()
+        assert wire.answer().json == ACCEPTED
+        assert wire.answer().status == 200
+        assert wire.ends()
+
+
+def test_an_idle_connection_is_closed_after_keepalive(small: Receiver) -> None:
+    with Wire(small.port) as wire:
+        wire.send(STATUS)
+        assert wire.answer().status == 200
+        began = time.monotonic()
+        assert wire.ends(), "without another word"
+        assert 1.4 < time.monotonic() - began < 5
+
+
+SMUGGLED = request_bytes("GET", "/status", {"x-smuggled": "yes"})
+
+
+@pytest.mark.parametrize(
+    ("line", "fields"),
+    [
+        ("POST /nowhere", {}),
+        ("DELETE /live", {}),
+        ("POST /live", {}),
+        ("POST /live", {"content-encoding": "gzip"}),
+        ("POST /live", {"expect": "a"}),
+        ("POST /live", {NAMES[0]: "a", NAMES[1]: "b"}),
+        ("POST /live", {**KEY, NAMES[1]: "b"}),
+        ("OPTIONS *", {}),
+    ],
+)
+@pytest.mark.parametrize("copies", [1, 100], ids=["small", "too large"])
+@pytest.mark.parametrize("framing", ["length", "chunks"])
+def test_a_body_is_never_mistaken_for_the_next_request(
+    small: Receiver, line: str, fields: dict[str, str], framing: str, copies: int
+) -> None:
+    method, target = line.split()
+    body = SMUGGLED * copies
+    data = request_bytes(method, target, fields, body)
+    if framing == "chunks":
+        data = request_bytes(method, target, {**fields, "transfer-encoding": "chunked"})
+        data += b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    with Wire(small.port) as wire:
+        wire.send(data + request_bytes("GET", "/last"))
+        if wire.answer().closes:
+            assert wire.ends()
+        else:
+            assert wire.answer().status == 404, "what was answered is the body"
+
+
+# Expect: 100-continue, RFC 9110 §10.1.1
+
+
+def expecting(payload: bytes, version: str = "HTTP/1.1", **fields: str) -> bytes:
+    """The head of a signal whose sender waits to be told to go on."""
+    headers = {**VECTOR.headers(payload), "expect": "100-continue"}
+    headers.update({"content-length": str(len(payload)), **fields})
+    return request_bytes("POST", "/live", headers, version=version)
+
+
+def test_a_client_that_expects_100_gets_it_before_its_body_has_come(shared: Receiver) -> None:
+    payload = signal_payload()
+    with Wire(shared.port) as wire:
+        for _ in range(2):
+            wire.send(expecting(payload))
+            assert wire.answer().status == 100
+            wire.send(payload)
+            assert wire.answer().json == ACCEPTED
+
+
+def test_no_100_is_sent_where_there_is_no_body(shared: Receiver) -> None:
+    refused(ask(shared.port, expecting(b"")), 400)
+    assert ask(shared.port, fielded(expect="100-continue")).status == 200
+
+
+def test_no_100_is_sent_to_http_1_0(shared: Receiver) -> None:
+    payload = signal_payload()
+    with Wire(shared.port) as wire:
+        wire.send(expecting(payload, "HTTP/1.0"))
+        assert not select.select([wire.socket], [], [], 0.3)[0]
+        wire.send(payload)
+        assert wire.answer().status == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "status"),
+    [
+        ({"content-length": "1048577"}, 413),
+        ({"transfer-encoding": "chunked"}, 400),
+        ({"content-encoding": "gzip"}, 415),
+        ({NAMES[0]: "nobody"}, 400),
+    ],
+)
+def test_no_100_invites_a_body_that_is_refused_anyway(
+    shared: Receiver, fields: dict[str, str], status: int
+) -> None:
+    with Wire(shared.port) as wire:
+        wire.send(expecting(SIGNAL, **fields))
+        answer = wire.answer()
+        refused(answer, status)
+        assert answer.closes
+        assert wire.ends()
+
+
+# --- The log ----------------------------------------------------------------------------------
+
+
+def test_what_a_stranger_sends_forges_no_line_of_the_log(start: Callable[..., Receiver]) -> None:
+    receiver = start("--access-log")
+    before = len(receiver.log)
+    for target in ("/a%0a%0dFORGED", "/a\x1b[2JFORGED", "/a\rFORGED\x9b", "/a\nFORGED"):
+        assert ask(receiver.port, request_bytes("GET", target, {"a": "b\rFORGED\x1b"})).closes
+    assert ask(receiver.port, request_bytes("GET", "/a%0a%0dFORGED")).status == 404
+    assert receiver.stop() == 0
+    receiver.wait_for_log("end of log")
+    assert all(line.isprintable() for line in receiver.log[before:])
+    assert not [line for line in receiver.log if line.startswith("FORGED")]
+
+
+# --- Timing -----------------------------------------------------------------------------------
+
+
+def test_secrets_are_compared_only_by_compare_digest() -> None:
+    """No == or != on a signature, a digest or a private key, but where keys are loaded."""
+    tree = ast.parse(PROGRAM.read_text())
+    tree.body = [each for each in tree.body if getattr(each, "name", "") != "load_instances"]
+    secret = re.compile(r"signature|digest|private|expected|secret", re.I)
+    constant = re.compile(r"""^(None|b?["'].*["']|\d+|len\(.*\))$""", re.S)
+    calls = 0
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("compare_digest"):
+            calls += 1
+        if isinstance(node, ast.Compare) and any(
+            isinstance(op, (ast.Eq, ast.NotEq)) for op in node.ops
+        ):
+            sides = [ast.unparse(side) for side in (node.left, *node.comparators)]
+            if not any(constant.match(side) for side in sides):
+                assert not any(secret.search(side) for side in sides), ast.unparse(node)
+    assert calls >= 1
+
+
+def test_a_wrong_signature_takes_the_same_time_wherever_it_differs(instance: Instance) -> None:
+    """The quickest of many, for noise only adds. It guards against the gross kind, such as decoding
+    or hashing only when the start is right; a comparison that stops early tells nanoseconds.
+    """
+    right = VECTOR.sign(SIGNAL).encode()
+    wrong = [b"!" + right[1:], right[:-2] + b"!=", b"A" * len(right)]
+    for _ in range(5):  # a difference that is really there shows every time
+        quickest = [float("inf")] * len(wrong)
+        for _ in range(3000):
+            for at, signature in enumerate(wrong):
+                began = time.perf_counter()
+                assert not instance.authenticates(SIGNAL, signature)
+                quickest[at] = min(quickest[at], time.perf_counter() - began)
+        if max(quickest) < 1.1 * min(quickest):
+            return
+    pytest.fail(f"the quickest refusals took {quickest} seconds")
