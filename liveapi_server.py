@@ -22,10 +22,9 @@ The file is read from top to bottom in the order in which a signal travels:
     9  Commands     serve, check, demo
 
 Each connection has a thread, which may block: a housekeeper shuts the sockets of those that are
-late. A thread that has a signal offers its line to the log; the first to find that nobody commits
-writes and syncs all lines that have gathered, and sends the 200s. What the others offer meanwhile
-is the next batch. Locks are taken in this order, and held for microseconds but for the first:
-`storing` (SignalLog), `turn` (SignalLog), `counting` (Figures), `room` (Server).
+late. A thread with a signal offers its line to the log; the first to find that nobody commits
+writes and syncs all that have gathered, and sends the 200s. Locks, taken in this order and held
+for microseconds but for the first: SignalLog.storing and .turn, Figures.counting, Server.room.
 """
 
 from __future__ import annotations
@@ -75,8 +74,7 @@ try:
     from cryptography.hazmat.primitives.hashes import SHA256
     from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 except ImportError as error:  # a line for the operator, not a traceback; UTC came with Python 3.11
-    print(f"liveapi_server: {error}: Python 3.11 or later and cryptography are needed (apt install"
-          " python3-cryptography, or pip install cryptography)", file=sys.stderr)  # fmt: skip
+    print(f"liveapi_server: {error}: install Python 3.11+ and its cryptography", file=sys.stderr)
     raise SystemExit(2) from None
 
 __version__ = "0.2.0"
@@ -116,7 +114,6 @@ FIELD_LINE = re.compile(rf"({_TOKEN}):([\t -~\x80-\xff]*)\r\n".encode())  # 5
 CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,8}})(?:{_EXTENSION})*\r\n".encode())  # 7.1
 HOST = re.compile(_HOST.encode())
 LENGTH = re.compile(rb"[0-9]{1,18}")
-
 begins_as_object = re.compile(rb"[ \t\r\n]*\{").match  # RFC 8259 section 2
 http_date = functools.lru_cache(maxsize=1)(formatdate)  # one serves for a whole second
 
@@ -298,11 +295,7 @@ def _read(file: BufferedIOBase, size: int, most: int) -> bytes:
 
 
 def parse_challenge(query: str) -> bytes:
-    """The challenge to sign, URL-decoded; Refusal if there is none.
-
-    The key that signs it signs signals too: whoever knows the public key could have a forged one
-    signed. So nothing that begins as a signal is signed, whatever a parser would make of the rest.
-    """
+    """The challenge to sign, URL-decoded."""
     try:
         parameters = parse_qs(query, True, errors="strict", max_num_fields=QUERY_PARAMETERS)
         (value,) = parameters.get("challenge", [""])
@@ -310,6 +303,8 @@ def parse_challenge(query: str) -> bytes:
         raise Refusal(400, "challenge is repeated, not UTF-8, or in a crowd") from None
     if not value:
         raise Refusal(MISSING, "missing parameters")
+    # The key that signs it signs signals too: whoever knows the public key could have a forged one
+    # signed. So nothing that begins as one is signed, whatever a parser would make of the rest.
     if begins_as_object(challenge := value.encode()):
         raise Refusal(400, "challenge could pass for a signal")
     return challenge
@@ -1060,7 +1055,6 @@ class Figures:
 
     def committed(self, batch: list[Entry], stored: bool, seconds: float) -> None:
         """What has become of a batch, `seconds` after it was taken."""
-        now = now_rfc3339()
         first, again = ("stored", "repeated") if stored else ("unavailable", "unavailable")
         with self.counting:
             for entry in batch:
@@ -1139,12 +1133,13 @@ class Server(socketserver.BaseServer):
     activated = False  # the listener outlives this process
     stopping = 0.0  # monotonic, since when
 
+    routes: dict[str, tuple[str, ...]]  # the methods of each path
+
     def __init__(
-        self, listener: socket.socket, handler: Any, most: int, patience: float, keepalive: float
+        self, listener: socket.socket, handler: Any, settings: Settings, *, most: int
     ) -> None:
         super().__init__(listener.getsockname(), handler)
-        self.socket, self.most = listener, most
-        self.patience, self.keepalive = patience, keepalive  # seconds
+        self.socket, self.settings, self.most = listener, settings, most
         self.room = threading.Condition()  # guards the next three; held for microseconds
         self.connections: dict[str, set[StrictHandler]] = {}  # by the client's address
         self.threads = 0
@@ -1297,7 +1292,6 @@ class StrictHandler(BaseHTTPRequestHandler):
 
     server: Server
     request: socket.socket
-    max_body = 0
     head: Head | None = None  # of the newest request
     instance: Instance | None = None  # whose request it is, once that is known
     unread = False  # the request's body is still to be read
@@ -1308,7 +1302,7 @@ class StrictHandler(BaseHTTPRequestHandler):
         super().setup()
         self.address = str(self.client_address[0]) if self.client_address else ""
         self.owed = threading.Lock()  # held while the signal log has yet to tell of a signal
-        self.idle(self.server.patience)
+        self.idle(self.server.settings.timeout)
         with self.server.room:
             self.server.connections.setdefault(self.address, set()).add(self)
 
@@ -1329,7 +1323,7 @@ class StrictHandler(BaseHTTPRequestHandler):
     def handle(self) -> None:
         if isinstance(self.request, ssl.SSLSocket):
             self.request.do_handshake()
-            self.idle(self.server.patience)
+            self.idle(self.server.settings.timeout)
         super().handle()
 
     def handle_one_request(self) -> None:
@@ -1339,7 +1333,7 @@ class StrictHandler(BaseHTTPRequestHandler):
         self.close_connection = True
         if not first or self.closing:
             return
-        self.wait("request", self.server.patience)
+        self.wait("request", self.server.settings.timeout)
         self.head = self.instance = None
         try:
             line = first
@@ -1366,28 +1360,24 @@ class StrictHandler(BaseHTTPRequestHandler):
     def find_method(self) -> Callable[[], None]:
         """The method that handles the request; Refusal if there is none."""
         assert self.head
-        allowed = self.routes().get(self.path, () if self.path[:1] != "/" else None)
-        if allowed is None:
+        allowed = self.server.routes.get(self.path)
+        if not allowed and self.path.startswith("/"):
             raise Refusal(404, "no such path", self.path[:100])
-        if self.command not in allowed:
+        if self.command not in (allowed or ()):
             raise not_allowed(allowed or ("GET", "HEAD", "POST"))
         if b"content-encoding" in self.head.fields:
             raise Refusal(415, "content coding not supported")
         method: Callable[[], None] = getattr(self, f"do_{self.command}")
         return method
 
-    def routes(self) -> dict[str, tuple[str, ...]]:
-        """The methods of each path."""
-        raise NotImplementedError
-
     def read_body(self) -> bytes:
         assert self.head
         if not self.unread:
             return b""
         self.unread = False
-        if self.head.continues and (self.head.length or 0) <= self.max_body:
+        if self.head.continues and (self.head.length or 0) <= self.server.settings.max_body:
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # RFC 9110 section 10.1.1
-        body = read_body(self.rfile, self.head, self.max_body)
+        body = read_body(self.rfile, self.head, self.server.settings.max_body)
         self.received()
         return body
 
@@ -1403,9 +1393,9 @@ class StrictHandler(BaseHTTPRequestHandler):
 
     def answer(self, answer: Answer) -> None:
         self.since = 0.0
-        self.wait("answer", self.server.patience)
+        self.wait("answer", self.server.settings.timeout)
         self.wfile.write(self.render(answer))
-        self.idle(self.server.keepalive)
+        self.idle(self.server.settings.keepalive)
 
     def render(self, answer: Answer) -> bytes:
         """An answer's bytes; at a stop the connection ends with them."""
@@ -1456,13 +1446,6 @@ class SignalHandler(StrictHandler):
     """A connection to the public listener: the Live API's, or so it says."""
 
     server: Receiver
-
-    def setup(self) -> None:
-        super().setup()
-        self.max_body = self.server.settings.max_body
-
-    def routes(self) -> dict[str, tuple[str, ...]]:
-        return self.server.routes
 
     def do_GET(self) -> None:
         """A Verify: the challenge, signed; or whether signals can be stored."""
@@ -1523,7 +1506,7 @@ class SignalHandler(StrictHandler):
                 taken = 0
             if taken < len(data):
                 self.shut(socket.SHUT_RDWR)
-            self.idle(self.server.keepalive)
+            self.idle(self.server.settings.keepalive)
         self.owed.release()
 
     def find_instance(self, *, asked: bool) -> Instance:
@@ -1570,9 +1553,8 @@ class Receiver(Server):
         signal_log: SignalLog,
         figures: Figures,
     ) -> None:
-        most, patience, keepalive = settings.max_connections, settings.timeout, settings.keepalive
-        super().__init__(listener, SignalHandler, most, patience, keepalive)
-        self.settings, self.instances = settings, instances
+        super().__init__(listener, SignalHandler, settings, most=settings.max_connections)
+        self.instances = instances
         self.signal_log, self.figures = signal_log, figures
         self.routes = {settings.path: ("GET", "HEAD", "POST"), "/status": ("GET", "HEAD")}
         scheme = "https" if settings.tls_cert else "http"
@@ -1747,13 +1729,13 @@ class ConsoleHandler(StrictHandler):
 
     server: Console
 
-    def routes(self) -> dict[str, tuple[str, ...]]:
+    def find_method(self) -> Callable[[], None]:
         assert self.head
         host = self.head.fields.get(b"host", b"").decode().lower()
         site = self.head.fields.get(b"sec-fetch-site", b"none")
         if host not in self.server.hosts or site not in (b"none", b"same-origin"):
             raise Refusal(403, "this console answers at its own address, to its own page only")
-        return dict.fromkeys(("/", "/signals", "/status", "/metrics"), ("GET", "HEAD"))
+        return super().find_method()
 
     def do_GET(self) -> None:
         receiver = self.server.receiver
@@ -1859,8 +1841,9 @@ class Console(Server):
     """The private listener."""
 
     def __init__(self, receiver: Receiver, listener: socket.socket) -> None:
-        super().__init__(listener, ConsoleHandler, WATCHERS, receiver.patience, receiver.keepalive)
+        super().__init__(listener, ConsoleHandler, receiver.settings, most=WATCHERS)
         self.receiver = receiver
+        self.routes = dict.fromkeys(("/", "/signals", "/status", "/metrics"), ("GET", "HEAD"))
         # A Host field names a service by address, never by a name that DNS could rebind.
         address = address_of(listener)
         hosts = {address, "localhost:" + address.rpartition(":")[2]}
@@ -2083,11 +2066,16 @@ def start_servers(receiver: Receiver, servers: Sequence[Server]) -> None:
         server.start_thread()
     names = ", ".join(names_of(receiver.instances))
     log.info("ready on %s for %s; signals go to %s", receiver.url, names, receiver.settings.signals)
-    for key, instance in receiver.instances.items():
-        log.info("public key of %s: SHA-256 %s...", instance.name, fingerprint(key))
+    say_keys(receiver.instances)
     threading.Thread(target=keep_house, args=(receiver, servers), daemon=True).start()
     for console in servers[1:]:
         log.info("console on http://%s/", address_of(console.socket))
+
+
+def say_keys(instances: Mapping[bytes, Instance]) -> None:
+    """So that they can be compared with an unknown public key, of which the same is logged."""
+    for key, instance in instances.items():
+        log.info("public key of %s: SHA-256 %s...", instance.name, fingerprint(key))
 
 
 def serve(settings: Settings) -> NoReturn:
@@ -2122,7 +2110,6 @@ def keep_house(receiver: Receiver, servers: Sequence[Server]) -> NoReturn:
     settings, signal_log = receiver.settings, receiver.signal_log
     watchdog = number_in("WATCHDOG_USEC") / 1e6 or NEVER
     while True:
-        time.sleep(min(SWEEP_SECONDS, settings.timeout / 5, settings.keepalive / 5, watchdog / 4))
         for server in servers:
             server.sweep()
         if signal_log.is_due():
@@ -2135,6 +2122,7 @@ def keep_house(receiver: Receiver, servers: Sequence[Server]) -> NoReturn:
         with signal_log.turn:
             if watchdog != NEVER and not receiver.threadless:
                 notify("WATCHDOG=1")
+        time.sleep(min(SWEEP_SECONDS, settings.timeout / 5, settings.keepalive / 5, watchdog / 4))
 
 
 def reload(receiver: Receiver) -> None:
@@ -2144,6 +2132,7 @@ def reload(receiver: Receiver) -> None:
         instances, tls = load_instances(receiver.settings.keys), load_tls(receiver.settings)
         receiver.instances, receiver.tls, receiver.not_reloaded = instances, tls, ""
         log.info("reloaded: receiving for %s", ", ".join(names_of(instances)))
+        say_keys(instances)
     except OperatorError as error:
         receiver.not_reloaded = str(error)
         log.error("not reloaded, the old keys and certificates stay in force: %s", error)

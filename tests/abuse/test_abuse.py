@@ -99,11 +99,14 @@ class Vitals:
         self._watcher.join()
 
     def come_down(self, within: float) -> None:
-        """Descriptors are back where they were, memory nearly so."""
+        """Descriptors are back where they were; memory nearly so, but for the pool's threads."""
         memory, descriptors = self.start
-        eventually(
-            lambda: self.open() <= descriptors + 3 and self.memory() <= memory + 40, within, 0.1
-        )
+
+        def is_down() -> bool:
+            most = memory + 30 + self._status("Threads") * 0.06
+            return self.open() <= descriptors + 3 and self.memory() <= most
+
+        eventually(is_down, within, 0.1)
 
 
 class Honest:
