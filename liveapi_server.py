@@ -524,8 +524,7 @@ def parse_line(line: bytes) -> tuple[str, str, bytes] | None:
 #                       have dropped what it could not write, so that a later sync which succeeds
 #                       would prove nothing. For the same reason a start reads from the disk, not
 #                       from memory, what it takes for stored.
-#   closing by size or  the segment stays open and sound, and signals go on being stored in it.
-#   date fails
+#   a due closing fails the segment stays open and sound, and signals go on being stored in it.
 #   the file changes    someone renamed, removed, replaced or cut it: it is let go, and the path is
 #                       opened anew as at a start, before a byte is written.
 #   no room             the disk is taken for full while there is still room, so that no half line
@@ -538,8 +537,8 @@ def parse_line(line: bytes) -> tuple[str, str, bytes] | None:
 # says it has synced what it has not.
 
 CURRENT = "current.jsonl"
-CLOSED_SEGMENT = re.compile(r"\d{8}T\d{6}\.\d{6}Z\.jsonl")
 CLOSED_NAME = "%Y%m%dT%H%M%S.%fZ.jsonl"
+SEGMENT = re.compile(r"current\.jsonl|[0-8]\d{7}T\d{6}\.\d{6}Z\.jsonl")  # 9999 would be the last
 READ_BYTES = 1 << 20  # read at once, so that a segment of any size costs no memory
 WAITING_BYTES = 64 << 20  # lines that wait for the disk; what is over gets 503
 BATCH_BYTES = 8 << 20  # written at once, for the write needs a copy
@@ -553,53 +552,42 @@ FOR_ALL = os.O_CLOEXEC | os.O_NONBLOCK  # no child and no FIFO
 
 
 class Disk:
-    """The few calls with which the log touches its directory; a test may stand in for it.
-
-    Every method raises OSError.
-    """
+    """The few calls with which the log touches its directory; a test may stand in for it."""
 
     read = staticmethod(os.pread)  # descriptor, length, offset
     cut = staticmethod(os.ftruncate)
     sync = staticmethod(os.fdatasync)
     close = staticmethod(os.close)
+    lock = -1
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
         self.prefix = f"{directory}/"  # joining paths by pathlib takes as long as the call itself
-        self.lock = -1
 
     def hold(self) -> None:
-        """Keep other servers out; again, if another directory has taken this one's place.
-
-        Only its owner can open the lock file, so that nobody who may read the signals can hold it.
-        The lock is the kernel's: no crash leaves it behind.
-        """
-        now = os.open(
-            self.prefix + ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | FOR_ALL, 0o600
-        )
+        """Keep other servers out; again, if another directory has taken this one's place."""
+        fd = self.open(".lock", 0o600)  # who may read the signals cannot open and hold it
         try:
-            if self.lock < 0 or not os.path.samestat(os.fstat(now), os.fstat(self.lock)):
-                os.fchmod(now, 0o600)
-                fcntl.flock(now, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                now, self.lock = self.lock, now
+            if self.lock < 0 or not os.path.sameopenfile(fd, self.lock):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fd, self.lock = self.lock, fd
         finally:
-            if now >= 0:
-                os.close(now)
+            if fd >= 0:
+                os.close(fd)
 
     def names(self) -> list[str]:
-        return os.listdir(self.directory)
+        return os.listdir(self.prefix)
 
     def open_to_read(self, name: str) -> int:
         return os.open(self.prefix + name, os.O_RDONLY | FOR_ALL)
 
-    def open(self, name: str) -> int:
-        """Open a file to read and append; made with mode 0640, whatever the umask, if missing."""
-        self.hold()
-        fd = os.open(self.prefix + name, os.O_RDWR | os.O_APPEND | os.O_CREAT | FOR_ALL, 0o640)
+    def open(self, name: str, mode: int = 0o640) -> int:
+        """Open a file to read and append; made if missing. The mode is so whatever the umask."""
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | FOR_ALL
+        fd = os.open(self.prefix + name, flags, mode)
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise OSError(errno.EINVAL, f"{name} is not a regular file")
-            os.fchmod(fd, 0o640)
+            os.fchmod(fd, mode)
         except OSError:
             os.close(fd)
             raise
@@ -609,7 +597,6 @@ class Disk:
         return os.stat(self.prefix + file if isinstance(file, str) else file)
 
     def free(self, fd: int) -> int:
-        """Bytes that can still be written to the file's disk."""
         there = os.fstatvfs(fd)
         return there.f_bavail * there.f_frsize
 
@@ -624,7 +611,7 @@ class Disk:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def sync_directory(self) -> None:
-        fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | FOR_ALL)
+        fd = self.open_to_read(".")
         try:
             os.fsync(fd)
         finally:
@@ -637,7 +624,6 @@ class Disk:
         os.unlink(self.prefix + name)
 
     def try_write(self, size: int) -> None:
-        """Write and sync `size` bytes beside the log."""
         fd = self.open(".trial")
         try:
             self.append(fd, bytes(size))
@@ -648,8 +634,7 @@ class Disk:
 
 
 class Waiter(Protocol):
-    def answered(self, stored: bool) -> None:
-        """Called by the thread that has committed the line, or could not."""
+    def answered(self, stored: bool) -> None: ...  # called by the thread that has committed
 
 
 @dataclass(slots=True)
@@ -663,58 +648,43 @@ class Entry:
 
 
 class SignalLog:
-    """The log of all instances: its open segment, what has gathered for it, what it has stored.
-
-    Any number of threads may offer() lines and then commit(). One of them commits at a time; what
-    the others offer meanwhile is the next batch.
-    """
+    """The log of all instances. Any number of threads may offer() lines and then commit(): one of
+    them commits at a time, and what the others offer meanwhile is the next batch."""
 
     def __init__(
-        self,
-        disk: Disk,
-        *,
-        window: int,
-        segment_bytes: int,
-        clock: Callable[[], float] = time.time,
-        committed: Callable[[list[Entry], bool, float], None] = lambda *_: None,
+        self, disk: Disk, *, window: int, segment_bytes: int, committed: Callable[..., None]
     ) -> None:
-        self.disk, self.segment_bytes, self.clock = disk, segment_bytes, clock
+        self.disk, self.segment_bytes, self.clock = disk, segment_bytes, time.time
         self.committed = committed  # told of each batch: its entries, whether stored, seconds
-        self.turn = threading.Lock()  # guards the next six; held for microseconds
-        self.pending: deque[Entry] = deque()
-        self.in_flight: dict[bytes, Entry] = {}
-        self.waiting = 0  # bytes of all lines that are pending or being committed
-        self.committing = False
-        self.window: OrderedDict[bytes, None] = OrderedDict()  # the newest signals' keys
-        self.window_size = window
-        self.storing = threading.Lock()  # guards the segment; held as long as the disk takes
-        self.fd = -1
-        self.identity = (0, 0)  # device and inode
-        self.size = 0  # bytes; all of them acknowledged whole lines
-        self.day = 0  # of the segment, counted since the epoch
+        self.turn = threading.Lock()  # guards the next four; held for microseconds
+        self.pending = deque[Entry]()
+        self.in_flight = dict[bytes, Entry]()  # what is pending or being committed
+        self.waiting = 0  # bytes of it
+        self.window, self.window_size = OrderedDict[bytes, None](), window  # the newest keys
+        self.storing = threading.Lock()  # guards the segment; held by the thread that commits
+        self.fd, self.identity = -1, (0, 0)  # device and inode
+        self.size, self.day = 0, 0.0  # bytes, all of acknowledged lines; days since the epoch
         self.damaged = False  # an error has met the segment: it waits for the recovery
-        self.closing_failed = False
-        self.last_closed = ""  # the newest closed segment's name
-        self.failure = ""  # what stands in the way of storing signals, if anything does
-        self.failed_at = 0.0  # monotonic
-        self.needed = 0  # bytes of the batch that failed
-        self.busy_since = 0.0  # monotonic; 0: the disk is not busy
+        self.last_closed, self.closing_failed = datetime.fromtimestamp(0, UTC), False
+        self.failure, self.failed_at = "", 0.0  # what stands in the way of storing, if anything
+        self.needed = 0  # bytes of the batch that is being stored, or could not be
+        self.busy_since = NEVER  # with the disk
         self.untended = threading.Event()  # there is something for the log's own thread to do
-        self.last_received: dict[str, str] = {}  # by instance; as the start found it in the log
+        self.last_received = dict[str, str]()  # by instance; as the start found it in the log
 
-    def offer(self, instance: str, identity: bytes, line: bytes, waiter: Waiter) -> bool | None:
-        """Take a line on: None, and the waiter will be told, after a commit(). True if it is
-        stored already, False if it cannot be stored now."""
+    def offer(self, instance: str, identity: bytes, line: bytes, who: Waiter) -> bool | None:
+        """Take a line on: None, and `who` will be told, after a commit(). True if it is stored
+        already, False if it cannot be stored now."""
         key = identity + instance.encode()
         with self.turn:
             if key in self.window:
                 return True
             if first := self.in_flight.get(key):  # a repeat shares the fate of the first copy
-                first.waiters.append(waiter)
+                first.waiters.append(who)
                 return None
             if not self.able or (self.waiting and self.waiting + len(line) > WAITING_BYTES):
                 return False
-            entry = Entry(instance, key, line, [waiter])
+            entry = Entry(instance, key, line, [who])
             if self.window_size:
                 self.in_flight[key] = entry
             self.waiting += len(line)
@@ -723,157 +693,78 @@ class SignalLog:
 
     def commit(self) -> None:
         """Store what is pending, unless another thread is at it, which will see to it then."""
-        if not self.committing and (batch := self._take()):
-            self._commit(batch)
-            if self.pending:  # this thread has its own connection to go back to
-                self.untended.set()
-
-    def _take(self) -> list[Entry]:
-        """The next batch, now this thread's to commit; empty if there is none for it."""
-        batch: list[Entry] = []
+        if not self.pending or not self.storing.acquire(blocking=False):
+            return
+        batch, size = list[Entry](), 0
         with self.turn:
-            size = 0
-            while self.pending and size < BATCH_BYTES and not self.committing:
+            while self.pending and size < BATCH_BYTES:
                 batch.append(self.pending.popleft())
                 size += len(batch[-1].line)
-            self.committing = self.committing or bool(batch)
-        return batch
-
-    def _commit(self, batch: list[Entry]) -> None:
-        """Store a batch, and have everyone told who waits for it."""
         started = time.monotonic()
         stored = self._store(b"".join([entry.line for entry in batch]))
         with self.turn:
+            self.waiting -= size
             for entry in batch:
-                self.waiting -= len(entry.line)
                 self.in_flight.pop(entry.key, None)
                 if stored:
-                    self._remember(entry.key)
+                    self.window[entry.key] = None
+                    if len(self.window) > self.window_size:
+                        self.window.popitem(last=False)
         self.committed(batch, stored, time.monotonic() - started)
         for entry in batch:
             for waiter in entry.waiters:
                 waiter.answered(stored)
-        self.committing = False  # only now, so that the next batch is not a batch of one
+        self.storing.release()  # only now, so that the next batch is not a batch of one
+        if self.pending:  # this thread has its own connection to go back to
+            self.untended.set()
 
-    def _remember(self, key: bytes) -> None:
-        self.window[key] = None
-        if len(self.window) > self.window_size:
-            self.window.popitem(last=False)
+    def tend(self) -> None:
+        """Close a segment that is due; after a failure, mend the log and try to store."""
+        with self.storing:
+            self._store(b"")
+
+    def run(self) -> NoReturn:
+        """The log's own thread: tend the log, and commit what has gathered during a commit."""
+        while True:
+            self.untended.wait(RETRY_SECONDS if self.failure else None)
+            self.untended.clear()
+            if self.failure or self.is_due():
+                self.tend()
+            self.commit()
 
     def _store(self, lines: bytes) -> bool:
         """Append lines to the open segment and sync it; whether that has worked."""
         stored = False
-        with self.storing:
-            self.busy_since = time.monotonic()
-            try:
-                self._prepare(len(lines))
+        self.busy_since = time.monotonic()
+        self.needed = len(lines) or self.needed
+        try:
+            self._prepare()
+            if lines:
                 self.damaged = True  # should one of the next two raise
                 self.disk.append(self.fd, lines)
                 self.disk.sync(self.fd)
                 self.damaged, stored = False, True
                 if not self.size:
-                    self.day = int(self.clock() // DAY)
+                    self.day = self.clock() // DAY
                 self.size += len(lines)
-                self._recovered()
-                if self.size >= self.segment_bytes:
-                    self._close_if_due()
-            except OSError as error:
-                first = not self.failure
-                self._failed(error, len(lines))
-                with contextlib.suppress(OSError):  # else it is tried again once a second
-                    self._mend() if first else self._cut_back()
-            self.busy_since = 0.0
+            elif self.failure and self.busy_since - self.failed_at >= TRIAL_SECONDS:
+                self.disk.try_write(max(self.needed, TRIAL_BYTES))
+                stored = True
+            if stored:
+                if self.failure:
+                    log.info("signals are stored again")
+                self.failure, self.needed = "", 0
+                if self.is_due():
+                    self._close_segment()
+        except OSError as error:
+            if not self.failure:
+                log.error("cannot store signals: %s; trying again", error.strerror)
+                self.untended.set()
+            self.failure, self.failed_at = str(error.strerror), time.monotonic()
+            with contextlib.suppress(OSError):  # else it is tried again once a second
+                self._prepare()
+        self.busy_since = NEVER
         return stored
-
-    # The open segment
-
-    def _prepare(self, needed: int) -> None:
-        """See to it that the open segment is sound, the file that readers see, and has room."""
-        self._mend()
-        if self._size_in_place() != self.size:
-            log.warning("%s was changed by someone else: opening it anew", CURRENT)
-            self._let_go()
-            self._open_segment()
-        self._close_if_due()
-        if self.disk.free(self.fd) < needed + FLOOR_BYTES:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def _size_in_place(self) -> int:
-        """How large the segment is, if it is still the file at its path; else -1."""
-        try:
-            there = self.disk.stat(CURRENT)
-        except FileNotFoundError:
-            return -1
-        return there.st_size if (there.st_dev, there.st_ino) == self.identity else -1
-
-    def _open_segment(self) -> None:
-        """Open the path, cut a torn tail off, and sync what is there and its directory entry."""
-        fd = self.disk.open(CURRENT)
-        there = self.disk.stat(fd)
-        try:
-            self.disk.sync(fd)
-            self.disk.forget(fd)
-            torn = len(next(self._pieces_backward(fd, there.st_size)))
-            if torn:
-                log.warning("%s: cut a torn line of %d bytes", CURRENT, torn)
-                self.disk.cut(fd, there.st_size - torn)
-                self.disk.sync(fd)
-            self.disk.sync_directory()
-        except OSError:
-            if there.st_size:
-                self.disk.close(fd)
-            else:  # a sync that has failed proves nothing of a new file: it is to be removed
-                self.fd, self.size, self.damaged = fd, 0, True
-                self.identity = (there.st_dev, there.st_ino)
-            raise
-        self.size = there.st_size - torn  # before the identity: a follower looks at that first
-        self.identity, self.day = (there.st_dev, there.st_ino), int(there.st_mtime // DAY)
-        self.fd = fd
-
-    def _let_go(self) -> None:
-        """Close the file, not the segment."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            with contextlib.suppress(OSError):  # all that counts in it has been synced
-                self.disk.close(fd)
-
-    def is_due(self) -> bool:
-        """Whether the open segment is full, or of another day."""
-        another_day = self.day != int(self.clock() // DAY)
-        return self.size > 0 and (self.size >= self.segment_bytes or another_day)
-
-    def _close_if_due(self) -> None:
-        """Close a segment that is over, and open the next; if only the rename fails, it goes on."""
-        if self.is_due():
-            try:
-                self._close_segment()
-            except OSError as error:
-                if not self.closing_failed:
-                    log.error("cannot close %s now: %s", CURRENT, error.strerror)
-                self.closing_failed = True
-                return
-            self.closing_failed = False
-            self.damaged = True  # until its new name is on disk
-            self._mend()
-
-    def _close_segment(self) -> None:
-        """Give the segment its closed name, or remove it if it is empty, and let it go.
-
-        Names sort in the order of closing: should the clock have jumped back, a name takes the
-        microsecond after the newest one. A stranger's file at the path is left alone.
-        """
-        if self._size_in_place() == 0:
-            self.disk.remove(CURRENT)
-        elif self._size_in_place() > 0:
-            name = datetime.fromtimestamp(self.clock(), UTC).strftime(CLOSED_NAME)
-            if name <= self.last_closed:
-                last = datetime.strptime(self.last_closed, CLOSED_NAME)
-                name = (last + timedelta(microseconds=1)).strftime(CLOSED_NAME)
-            self.disk.rename(CURRENT, name)
-            self.last_closed = name
-        self._let_go()
-
-    # What cannot be stored, and how it is mended
 
     @property
     def able(self) -> bool:
@@ -883,153 +774,149 @@ class SignalLog:
     @property
     def trouble(self) -> str:
         """Why signals cannot be stored now; empty if they can."""
-        since = self.busy_since
-        stalled = since and time.monotonic() - since > STALL_SECONDS
+        stalled = time.monotonic() - self.busy_since > STALL_SECONDS
         return self.failure or ("the disk does not answer" if stalled else "")
 
-    def _failed(self, error: OSError, needed: int = 0) -> None:
-        reason = error.strerror or str(error)
-        if not self.failure:
-            log.error("cannot store signals: %s; trying again", reason)
-        self.failure, self.failed_at = reason, time.monotonic()
-        self.needed = needed or self.needed
-        self.untended.set()
+    def is_due(self) -> bool:
+        """Whether the open segment is full, or of another day."""
+        another_day = self.day != self.clock() // DAY
+        return self.size > 0 and (self.size >= self.segment_bytes or another_day)
 
-    def _recovered(self) -> None:
-        if self.failure:
-            log.info("signals are stored again")
-            self.failure = ""
+    # The open segment
 
-    def _mend(self) -> None:
-        """The one recovery. Each step can be repeated, until the last one has worked."""
-        if self.damaged:
-            self._cut_back()
-            self._close_segment()
-            self.disk.sync_directory()
-            self.damaged = False
-        if self.fd < 0:
-            self._open_segment()
-
-    def _cut_back(self) -> None:
-        """Leave in a damaged segment only what has been acknowledged."""
-        if self.damaged and self.fd >= 0:
+    def _prepare(self) -> None:
+        """See to it that the open segment is sound, the file that readers see, and has room."""
+        if self.damaged:  # the one recovery: each step can be repeated until the last has worked
             size = self.disk.stat(self.fd).st_size
             if size < self.size:  # a stranger has cut it: never make it longer
-                self.size = size - len(next(self._pieces_backward(self.fd, size)))
-            if size > self.size:
-                self.disk.cut(self.fd, self.size)
+                self.size = size - len(next(self._backward(self.fd)))
+            self.disk.cut(self.fd, self.size)
             self.disk.sync(self.fd)  # else a power loss could bring the lines back
+            self._close_segment()
+        elif self.fd < 0:
+            self._open_segment()
+        elif not self._in_place():
+            log.warning("%s was changed by someone else: opening it anew", CURRENT)
+            self._open_segment()
+        if self.is_due():
+            self._close_segment()
+        if self.disk.free(self.fd) < self.needed + FLOOR_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def run(self) -> NoReturn:
-        """The log's own thread: commit what has gathered during a commit, close the segment of
-        another day, and after a failure try to store, once in RETRY_SECONDS."""
-        tended = -RETRY_SECONDS
-        while True:
-            self.untended.wait(RETRY_SECONDS if self.failure else None)
-            self.untended.clear()
-            while batch := self._take():
-                self._commit(batch)
-            if (self.failure or self.is_due()) and time.monotonic() - tended >= RETRY_SECONDS:
-                tended = time.monotonic()
-                self.tend()
+    def _in_place(self) -> bool:
+        """Whether the file at the path is the open segment, as large as it should be."""
+        try:
+            there = self.disk.stat(CURRENT)
+        except FileNotFoundError:
+            return False
+        return (there.st_dev, there.st_ino, there.st_size) == (*self.identity, self.size)
 
-    def tend(self) -> None:
-        """Close a segment that is due; after a failure, mend the log and try to store."""
-        with self.storing:
-            self.busy_since = time.monotonic()
+    def _close_segment(self) -> None:
+        """Give the segment its closed name, or remove it if it is empty; then open the next."""
+        if self._in_place():  # else it is a stranger's file, which is left alone
             try:
-                self._prepare(self.needed if self.failure else 0)
-                if self.failure and time.monotonic() - self.failed_at >= TRIAL_SECONDS:
-                    self.disk.try_write(max(self.needed, TRIAL_BYTES))
-                    self._recovered()
+                if self.size:
+                    # Names sort in the order of closing, also when the clock jumps back.
+                    earliest = self.last_closed + timedelta(microseconds=1)
+                    when = max(datetime.fromtimestamp(self.clock(), UTC), earliest)
+                    self.disk.rename(CURRENT, when.strftime(CLOSED_NAME))
+                    self.last_closed, self.closing_failed = when, False
+                else:
+                    self.disk.remove(CURRENT)
             except OSError as error:
-                self._failed(error)
-            self.busy_since = 0.0
+                if self.damaged:
+                    raise
+                if not self.closing_failed:
+                    log.error("cannot close %s now: %s", CURRENT, error.strerror)
+                self.closing_failed = True
+                return  # it goes on
+        self._open_segment()
 
-    # The start
+    def _open_segment(self) -> None:
+        """Open the path anew, cut a torn tail off, and sync what is there and its name."""
+        if self.fd >= 0:
+            with contextlib.suppress(OSError):  # all that counts in it has been synced
+                self.disk.close(self.fd)
+        self.fd, self.damaged = -1, False
+        self.disk.sync_directory()  # the last one's new name, before its old one is used again
+        self.disk.hold()
+        fd = self.disk.open(CURRENT)
+        there = self.disk.stat(fd)
+        identity = (there.st_dev, there.st_ino)
+        try:
+            self.disk.sync(fd)
+            self.disk.forget(fd)
+            if torn := len(next(self._backward(fd))):
+                log.warning("%s: cut a torn line of %d bytes", CURRENT, torn)
+                self.disk.cut(fd, there.st_size - torn)
+                self.disk.sync(fd)
+            self.disk.sync_directory()
+        except OSError:
+            if there.st_size:
+                self.disk.close(fd)
+            else:  # a sync that has failed proves nothing of a new file: it is to be removed
+                self.fd, self.size, self.identity, self.damaged = fd, 0, identity, True
+            raise
+        self.size = there.st_size - torn  # before the identity: a follower looks at that first
+        self.fd, self.identity, self.day = fd, identity, there.st_mtime // DAY
 
     def start(self) -> None:
-        """Mend the open segment and learn from the log's tail what is stored.
-
-        Raises OSError, BlockingIOError if another server holds the directory; but a full disk is
-        a failure like any other, to be recovered from.
-        """
-        names = self.disk.names()
-        closed = sorted(filter(CLOSED_SEGMENT.fullmatch, names), reverse=True)
-        for name in closed:
-            with contextlib.suppress(ValueError, OverflowError):  # no time: no segment of ours
-                datetime.strptime(name, CLOSED_NAME) + timedelta(days=1)
-                self.last_closed = name
+        """Open the log, and learn from its newest lines what is stored. Raises OSError, which is
+        BlockingIOError if another server holds the directory; but a full disk is waited for."""
+        newest_first = sorted(filter(SEGMENT.fullmatch, self.disk.names()), reverse=True)
+        for name in newest_first:
+            with contextlib.suppress(ValueError):  # it is the open one, or no segment of ours
+                self.last_closed = datetime.strptime(name, CLOSED_NAME).replace(tzinfo=UTC)
                 break
         try:
             self._open_segment()
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            self._failed(error)
-        if self.window_size:
-            self._learn([CURRENT, *closed] if CURRENT in names else closed)
-        self.tend()
-
-    def _learn(self, newest_first: list[str]) -> None:
-        """Fill the window from the newest lines, and see when each instance was last heard of."""
-        keys: list[bytes] = []
-        damaged = 0
-        for line in itertools.chain.from_iterable(map(self._stored_lines, newest_first)):
+        keys, damaged = list[bytes](), 0
+        lines = itertools.chain.from_iterable(map(self._stored_lines, newest_first))
+        while len(keys) < self.window_size and (line := next(lines, None)) is not None:
             if known := parse_line(line):
                 received_at, instance, identity = known
                 self.last_received.setdefault(instance, received_at)
                 keys.append(identity + instance.encode())
             else:
                 damaged += 1
-            if len(keys) == self.window_size:
-                break
-        for key in reversed(keys):
-            self._remember(key)
+        self.window = OrderedDict.fromkeys(reversed(keys))
         if damaged:
             log.warning("left %d damaged line(s) of the log as they are", damaged)
+        self.tend()
 
     def _stored_lines(self, name: str) -> Iterator[bytes]:
-        """A segment's lines that are on disk, last first, without their newlines.
+        """A segment's lines that are on disk, last first; none if it cannot be opened or read.
 
-        A crash may have left them in memory only. A sync that failed before may have, too, and one
-        that succeeds now does not tell: so they are synced, dropped from memory, and read. Raises
-        OSError if that sync fails; one that cannot be opened or read is passed over.
+        A crash may have left them in memory only; so may a failed sync, and one that succeeds now
+        does not tell. So they are synced, which may raise OSError, dropped from memory, and read.
         """
+        fd, synced = -1, True
         try:
-            fd = self.disk.open_to_read(name)
-        except OSError as error:
-            log.warning("%s is passed over: %s", name, error.strerror)
-            return
-        try:
+            fd, synced = self.disk.open_to_read(name), False
             self.disk.sync(fd)
+            synced = True
             self.disk.forget(fd)
-            try:
-                pieces = self._pieces_backward(fd, self.disk.stat(fd).st_size)
-                next(pieces)
-                yield from pieces
-            except OSError as error:
-                log.warning("%s is passed over: %s", name, error.strerror)
+            yield from itertools.islice(self._backward(fd), 1, None)
+        except OSError as error:
+            if not synced:
+                raise
+            log.warning("%s is passed over: %s", name, error.strerror)
         finally:
-            self.disk.close(fd)
+            if fd >= 0:
+                self.disk.close(fd)
 
-    def _pieces_backward(self, fd: int, size: int) -> Iterator[bytes]:
-        """What stands between the newlines of a file's first `size` bytes, last first.
-
-        The first piece comes after the last newline: it is empty, or a torn line.
-        """
-        end = size
-        rest: list[bytes] = []  # pieces of one whose start is not read yet, last first
+    def _backward(self, fd: int) -> Iterator[bytes]:
+        """What stands between a file's newlines, last first: at first nothing, or a torn line."""
+        end, rest = self.disk.stat(fd).st_size, b""
         while end > 0:
-            start = max(0, end - READ_BYTES)
-            first, *others = self.disk.read(fd, end - start, start).split(b"\n")
-            if others:
-                others[-1] += b"".join(reversed(rest))
-                rest = []
-                yield from reversed(others)
-            rest.append(first)
+            start = max(0, end - READ_BYTES - len(rest))  # a long line is copied a few times only
+            rest, *others = (self.disk.read(fd, end - start, start) + rest).split(b"\n")
+            yield from reversed(others)
             end = start
-        yield b"".join(reversed(rest))
+        yield rest
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1140,8 +1027,9 @@ class Server(socketserver.BaseServer):
     ) -> None:
         super().__init__(listener.getsockname(), handler)
         self.socket, self.settings, self.most = listener, settings, most
-        self.room = threading.Condition()  # guards the next three; held for microseconds
+        self.room = threading.Condition()  # guards the next four; held for microseconds
         self.connections: dict[str, set[StrictHandler]] = {}  # by the client's address
+        self.open = 0  # connections that are handled
         self.threads = 0
         self.free = 0  # threads without a connection
         self.accepting = threading.Lock()  # held by the thread that waits for a connection
@@ -1152,11 +1040,6 @@ class Server(socketserver.BaseServer):
         listener.setblocking(False)
         if listener.family != socket.AF_UNIX:  # accepted sockets inherit it
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    @property
-    def open(self) -> int:
-        """How many connections there are."""
-        return self.threads - self.free
 
     @property
     def threadless(self) -> bool:
@@ -1225,9 +1108,10 @@ class Server(socketserver.BaseServer):
         """Handle a connection to its end, when there is room and another thread for the next."""
         with self.room:
             self.free -= 1
-            while self.open > self.most and not self.stopping:
+            while self.open >= self.most and not self.stopping:
                 self._make_room()
                 self.room.wait(RELIEF_SECONDS)
+            self.open += 1
             alone = not self.free
         try:
             if alone:
@@ -1235,6 +1119,7 @@ class Server(socketserver.BaseServer):
             self.finish_request(request, client_address)
         finally:
             with self.room:
+                self.open -= 1
                 self.free += 1
                 self.room.notify()
 
@@ -1251,7 +1136,7 @@ class Server(socketserver.BaseServer):
         So neither idle or slow ones, nor a flood from one address, keep the Live API out.
         """
         for handlers in sorted(self.connections.values(), key=len, reverse=True):
-            waiting = [each for each in handlers if each.deadline != NEVER != each.since]
+            waiting = [each for each in handlers if each.deadline != NEVER and each.since != NEVER]
             if waiting:
                 longest = min(waiting, key=lambda each: each.since)
                 longest.since = NEVER  # the next one will be another
@@ -1974,7 +1859,7 @@ def notify(state: str) -> None:
     """Tell the service manager (sd_notify(3)); without one, nothing happens."""
     if address := os.environ.get("NOTIFY_SOCKET"):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
-            sock.setblocking(False)
+            sock.settimeout(1)
             sock.connect("\0" + address[1:] if address.startswith("@") else address)
             sock.sendall(state.encode())
 
@@ -2142,16 +2027,13 @@ def reload(receiver: Receiver) -> None:
 # ------------------------------------------------------------------------------------------------
 # 9  Commands: serve, check, demo
 
-DOCUMENTED_TYPES = (
-    "application.Install application.Registration application.Uninstall application.Upgrade"
-    " application.Open application.Close application.Exception push.Registration"
-    " notification.Sent notification.Receive notification.Open notification.Influenced"
-    " inappmessage.View inappmessage.Action email.Subscribe email.Unsubscribe email.Bounce"
-    " email.Complaint email.Deactivate email.ViewOnline email.LinkTracked sms.Subscribe"
-    " sms.AutoSubscribe sms.OptIn sms.Unsubscribe sms.Nondeliverable sms.Incoming sms.Charged"
-    " region.Session beacon.Session scannable.Scan link.Click pass.Add pass.Remove pass.Redeem"
-    " product.Buy product.Buy.store asset.Load custom.demo"
-).split()
+DOCUMENTED_TYPES = """application.Install application.Registration application.Uninstall
+application.Upgrade application.Open application.Close application.Exception push.Registration
+notification.Sent notification.Receive notification.Open notification.Influenced inappmessage.View
+inappmessage.Action email.Subscribe email.Unsubscribe email.Bounce email.Complaint email.Deactivate
+email.ViewOnline email.LinkTracked sms.Subscribe sms.AutoSubscribe sms.OptIn sms.Unsubscribe
+sms.Nondeliverable sms.Incoming sms.Charged region.Session beacon.Session scannable.Scan link.Click
+pass.Add pass.Remove pass.Redeem product.Buy product.Buy.store asset.Load custom.demo""".split()
 CALL_SECONDS = 10.0  # for an answer to a call of check or demo
 
 
@@ -2160,8 +2042,8 @@ def make_signal(kind: str) -> bytes:
     data = {"id": secrets.token_hex(12), "deviceID": secrets.token_hex(16)}
     if not kind.startswith("application"):
         data["userID"] = "user@example.com"
-    envelope = {"service": "liveapi_server", "type": f"re.notifica.event.{kind}", "data": data,
-                "timestamp": time.time_ns() // 1_000_000}  # fmt: skip
+    kind, now = f"re.notifica.event.{kind}", time.time_ns() // 1_000_000
+    envelope = {"service": "liveapi_server", "type": kind, "data": data, "timestamp": now}
     return json.dumps(envelope, separators=(",", ":")).encode()
 
 
@@ -2176,67 +2058,56 @@ class LiveAPI:
                 raise ValueError
         except ValueError:
             raise OperatorError(f"{url!r} is no endpoint: give it as https://HOST/live") from None
-        self.connection = http.client.HTTPConnection(host, port, timeout=CALL_SECONDS)
+        self.connection = http.client.HTTPConnection(host, port)
         if parts.scheme == "https":
             tls = ssl._create_unverified_context() if insecure else ssl.create_default_context()
-            self.connection = http.client.HTTPSConnection(
-                host, port, timeout=CALL_SECONDS, context=tls
-            )
-        self.url, self.path, self.query = url, parts.path or "/", parts.query
-        self.calls = self.failed = 0
+            self.connection = http.client.HTTPSConnection(host, port, context=tls)
+        self.connection.timeout = CALL_SECONDS
+        self.url, self.calls, self.failed = url, 0, 0
+        self.target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
 
     def verify(self, what: str, pair: Instance) -> None:
         challenge = secrets.token_urlsafe(24) + " +/="
+        query = ("&" if "?" in self.target else "?") + "challenge=" + quote(challenge, safe="")
         wanted = Answer(200, pair.sign(challenge.encode()))
-        query = "&".join(filter(None, (self.query, f"challenge={quote(challenge, safe='')}")))
-        self.call(what, wanted, "GET", query, None, pair.public_key, None)
+        self.call(what, wanted, pair.public_key, b"", b"", query)
 
     def send(self, what: str, pair: Instance, payload: bytes, *, encrypted: bool = False) -> bool:
         body = pair.encrypt(payload) if encrypted else payload
-        return self.post(what, ACCEPTED, body, pair.public_key, pair.sign(body))
-
-    def post(self, what: str, wanted: Answer, body: bytes, key: bytes, proof: bytes | None) -> bool:
-        return self.call(what, wanted, "POST", self.query, body, key, proof)
+        return self.call(what, ACCEPTED, pair.public_key, body, pair.sign(body))
 
     def call(
-        self,
-        what: str,
-        wanted: Answer,
-        method: str,
-        query: str,
-        body: bytes | None,
-        key: bytes,
-        signature: bytes | None,
+        self, what: str, wanted: Answer, key: bytes, body: bytes, proof: bytes, query: str = ""
     ) -> bool:
-        """Make a call and print what came of it; True if the answer is as wanted."""
+        """POST a body or GET, print what came of it; True if the answer is as wanted."""
         started = time.monotonic()
         headers = {"Content-Type": "application/json", PUBLIC_KEY.decode(): key.decode()}
-        if signature:
-            headers[SIGNATURE.decode()] = signature.decode()
+        if proof:
+            headers[SIGNATURE.decode()] = proof.decode()
+        method, target = "POST" if body else "GET", self.target + query
         try:
-            target = f"{self.path}?{query}" if query else self.path
-            self.connection.request(method, target, body, headers)
+            self.connection.request(method, target, body or None, headers)
             response = self.connection.getresponse()
             said = response.read()
             ok = (response.status, said) == (wanted.status, wanted.body)
-            answer = f"{response.status} {said[:60].decode('utf-8', 'backslashreplace')}"
+            answer = f"{response.status} {repr(said[:60])[2:-1]}"  # nothing that moves a cursor
         except (OSError, http.client.HTTPException) as error:
             self.connection.close()
-            ok, answer = False, f"no answer: {why_no_answer(error)}"
+            why = why_no_answer(error)
             if not self.calls:
-                raise ConnectionError(f"nothing answers at {self.url}: {answer[11:]}") from None
+                raise ConnectionError(f"nothing answers at {self.url}: {why}") from None
+            ok, answer = False, f"no answer: {why}"
         self.calls += 1
         self.failed += not ok
-        took = (time.monotonic() - started) * 1000
-        answer = "".join(char if char.isprintable() else "?" for char in answer)
-        print(f"{what:<44} {answer:<42} {took:7.1f} ms  {'ok' if ok else 'FAILED'}", flush=True)
+        took, verdict = (time.monotonic() - started) * 1000, "ok" if ok else "FAILED"
+        print(f"{what:<44} {answer:<42} {took:7.1f} ms  {verdict}", flush=True)
         return ok
 
 
 def why_no_answer(error: Exception) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the certificate is not trusted: {error.verify_message} (--insecure trusts any)"
-    if isinstance(error, (ssl.SSLError, ConnectionResetError)) and "SSL" in repr(error):
+    if isinstance(error, ssl.SSLError):
         return f"it does not speak TLS; try http:// ({error.args[-1]})"
     if isinstance(error, (http.client.HTTPException, ConnectionResetError)):
         return "it does not speak HTTP; if it speaks TLS, try https://"
@@ -2248,8 +2119,7 @@ def check(url: str, keys: Path, name: str | None, *, insecure: bool) -> int:
     instances = load_instances(keys)
     pairs = [each for each in instances.values() if name in (None, each.name)]
     if not pairs:
-        there = ", ".join(names_of(instances))
-        raise OperatorError(f"no instance {name} in {keys}: there is {there}")
+        raise OperatorError(f"no instance {name} in {keys}: {', '.join(names_of(instances))}?")
     api = LiveAPI(url, insecure=insecure)
     try:
         for pair in pairs:
@@ -2259,18 +2129,16 @@ def check(url: str, keys: Path, name: str | None, *, insecure: bool) -> int:
             api.send(f"{who}: a signed signal", pair, first)
             api.send(f"{who}: the same signal again", pair, first)
             api.send(f"{who}: an encrypted signal", pair, second, encrypted=True)
-            api.post(f"{who}: a tampered body", WRONG_SIGNATURE, first + b" ", key, proof)
-            api.post(f"{who}: an unsigned body", MISSING, first, key, None)
+            api.call(f"{who}: a tampered body", WRONG_SIGNATURE, key, first + b" ", proof)
+            api.call(f"{who}: an unsigned body", MISSING, key, first, b"")
             stranger = secrets.token_hex(32).encode()
-            api.post(f"{who}: an unknown public key", UNKNOWN_KEY, first, stranger, proof)
+            api.call(f"{who}: an unknown public key", UNKNOWN_KEY, stranger, first, proof)
+        if api.failed:
+            raise ConnectionError(f"{api.failed} of {api.calls} answers are not as they should be")
     except ConnectionError as error:
         print(f"FAILED: {error}")
         return 1
-    if api.failed:
-        print(f"FAILED: {api.failed} of {api.calls} answers are not as they should be")
-        return 1
-    print("ok: all answers are as they should be. Whether these keys are the Dashboard's, only its"
-          " Verify can tell.")  # fmt: skip
+    print("ok: all as it should be. Whether these are the Dashboard's keys, only its Verify tells.")
     return 0
 
 
@@ -2281,28 +2149,24 @@ def demo(*, console: bool) -> int:
     keys.mkdir()
     for half in ("public", "private"):
         (keys / f"demo.{half}").touch(mode=0o600)
-        (keys / f"demo.{half}").write_text(secrets.token_hex(32) + "\n")
+        (keys / f"demo.{half}").write_text(secrets.token_hex(32))
     address = ("127.0.0.1", 0) if console else None
-    print("starting a receiver on loopback, with a throw-away key pair\n", flush=True)
     receiver, servers = open_servers(Settings(keys=keys, signals=signals, port=0, console=address))
     start_servers(receiver, servers)
-    print("\nplaying the Live API against it, over HTTP\n", flush=True)
+    print("\nplaying the Live API against a receiver with throw-away keys\n", flush=True)
     (pair,) = receiver.instances.values()
     api = LiveAPI(receiver.url)
     api.verify("Verify: a challenge", pair)
     acknowledged = []
     for kind, encrypted in itertools.product(DOCUMENTED_TYPES, (False, True)):
         payload = make_signal(kind)
-        what = f"{kind}, encrypted" if encrypted else kind
-        if api.send(what, pair, payload, encrypted=encrypted):
-            acknowledged.append(signal_id(payload))
-    lines = (signals / CURRENT).read_bytes().splitlines()
-    stored = Counter(known[2] for known in map(parse_line, lines) if known)
-    missing = [each for each in acknowledged if stored[each] != 1]
-    print(f"\nthe last of {len(lines)} stored lines:\n")
-    for line in lines[-3:]:
-        print(f"  {line.decode()}")
-    print(f"\n{len(acknowledged)} signals acknowledged, {len(missing)} of them not in the log once")
+        if api.send(kind + ", encrypted" * encrypted, pair, payload, encrypted=encrypted):
+            acknowledged.append(signal_id(payload).hex())
+    lines = (signals / CURRENT).read_text().splitlines()
+    stored = Counter(json.loads(line)["id"] for line in lines)
+    missing = sum(stored[each] != 1 for each in acknowledged)
+    print(f"\nthe last of {len(lines)} stored lines:\n", *lines[-3:], sep="\n  ")
+    print(f"\n{len(acknowledged)} signals acknowledged, {missing} of them not in the log once")
     print(f"the log: {signals / CURRENT}", flush=True)
     if console:
         print("signals keep coming; end it with Ctrl-C; look at them on the console:")
@@ -2335,9 +2199,7 @@ def parse_arguments(words: list[str]) -> dict[str, Any]:
         elif each.default is not None:
             how["help"] += f" (default: {each.default})"
         serving.add_argument("--" + each.name.replace("_", "-"), **how)
-    for each_parser in (parser, serving):
-        version = f"liveapi_server {__version__}"
-        each_parser.add_argument("--version", action="version", version=version)
+    serving.add_argument("--version", action="version", version=f"liveapi_server {__version__}")
     checking = add("check", help="play the Live API's side against an endpoint")
     checking.add_argument("url", metavar="URL", help="the endpoint, as the Dashboard has it")
     checking.add_argument("--keys", metavar="DIR", type=Path, default=Path("keys"), help="keys/")
@@ -2351,7 +2213,7 @@ def parse_arguments(words: list[str]) -> dict[str, Any]:
 def main() -> int:
     """Run a command; the exit status: 0, 2 for a mistake in how it was started, 1 otherwise."""
     words = sys.argv[1:]
-    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
+    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help")):
         words.insert(0, "serve")
     setup_logging()
     try:

@@ -332,7 +332,8 @@ class Sender:
 
 
 def begin(disk: PaperDisk, segment_bytes: int = 600, window: int = 10_000) -> Sender:
-    log = SignalLog(disk, window=window, segment_bytes=segment_bytes, clock=disk.now)
+    log = SignalLog(disk, window=window, segment_bytes=segment_bytes, committed=lambda *_: None)
+    log.clock = disk.now
     log.start()
     return Sender(log)
 
