@@ -57,7 +57,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler
@@ -160,12 +160,6 @@ class Refusal(Exception):
         self.answer = json_answer(answer, error=reason) if isinstance(answer, int) else answer
         self.reason = reason
         self.detail = detail  # for the log only: there may be any number of them
-
-
-def not_allowed(allowed: Iterable[str]) -> Refusal:
-    allow = (("Allow", ", ".join(allowed)),)  # RFC 9110 section 15.5.6
-    answer = dataclasses.replace(json_answer(405, error="method not allowed"), headers=allow)
-    return Refusal(answer, "method not allowed")
 
 
 @dataclass(slots=True)
@@ -318,10 +312,6 @@ class OperatorError(Exception):
     """A mistake in how the program was started or set up; the text says in a line what to do."""
 
 
-class Unreadable(Exception):
-    """An authentic body that holds no signal; the text says why."""
-
-
 KEY_FILE = re.compile(r"((?!\.)[A-Za-z0-9._-]+(?:@[A-Za-z0-9._-]+)?)\.(?:public|private)")
 KEY_BYTES = 4096  # more than any key has
 
@@ -365,21 +355,21 @@ class Instance:
         return b".".join([protected, b"", *map(_b64url, (iv, sealed[:-16], sealed[-16:]))])
 
     def decrypt(self, jwe: bytes) -> bytes:
-        """The payload of a JWE made for this key pair; Unreadable if it is none."""
+        """The payload of a JWE made for this key pair; Refusal if it is none."""
         parts = jwe.split(b".")
         if len(parts) != 5:
-            raise Unreadable("neither a JSON object nor a JWE in compact serialization")
+            raise Refusal(400, "neither a JSON object nor a JWE in compact serialization")
         header = parse_object(_b64url_decode(parts[0]))
         if header.get("alg") != "dir" or header.get("enc") != "A256GCM" or parts[1]:
-            raise Unreadable("JWE is not of alg dir, enc A256GCM")
+            raise Refusal(400, "JWE is not of alg dir, enc A256GCM")
         kid = self.public_key.decode()
         if header.keys() & {"crit", "zip"} or header.get("kid", kid) != kid:
-            raise Unreadable("JWE header has crit, zip, or another's kid")
+            raise Refusal(400, "JWE header has crit, zip, or another's kid")
         iv, ciphertext, tag = map(_b64url_decode, parts[2:])
         with contextlib.suppress(InvalidTag):
             if len(iv) == 12 and len(tag) == 16:  # RFC 7518 section 5.3
                 return self._content_key().decrypt(iv, ciphertext + tag, parts[0])
-        raise Unreadable("JWE does not decrypt with this key pair")
+        raise Refusal(400, "JWE does not decrypt with this key pair")
 
 
 def _b64url(data: bytes) -> bytes:
@@ -392,7 +382,7 @@ def _b64url_decode(text: bytes) -> bytes:
         data = base64.urlsafe_b64decode(text + b"=" * (-len(text) % 4))
         if _b64url(data) == text:
             return data
-    raise Unreadable("JWE has malformed base64url")
+    raise Refusal(400, "JWE has malformed base64url")
 
 
 def load_instances(directory: Path) -> dict[bytes, Instance]:
@@ -452,15 +442,15 @@ _DECODER = json.JSONDecoder(parse_constant=int, parse_int=str, parse_float=str)
 
 
 def parse_object(text: bytes) -> dict[str, Any]:
-    """The members of a JSON object (RFC 8259, UTF-8 without BOM); Unreadable if it is none."""
+    """The members of a JSON object (RFC 8259, UTF-8 without BOM); Refusal if it is none."""
     try:
         value = _DECODER.decode(text.decode())
     except RecursionError:
-        raise Unreadable("JSON nested too deeply") from None
+        raise Refusal(400, "JSON nested too deeply") from None
     except ValueError:
-        raise Unreadable("not JSON in UTF-8") from None
+        raise Refusal(400, "not JSON in UTF-8") from None
     if not isinstance(value, dict):
-        raise Unreadable("not a JSON object")
+        raise Refusal(400, "not a JSON object")
     return value
 
 
@@ -499,7 +489,7 @@ def parse_line(line: bytes) -> tuple[str, str, bytes] | None:
     if signal_id(match[4]) != identity:  # a payload that was put on one line, or a damaged one
         try:
             parse_object(line)
-        except Unreadable:
+        except Refusal:
             return None
     return match[1].decode(), match[2].decode(), identity
 
@@ -1019,7 +1009,6 @@ class Server(socketserver.BaseServer):
     tls: ssl.SSLContext | None = None
     activated = False  # the listener outlives this process
     stopping = 0.0  # monotonic, since when
-
     routes: dict[str, tuple[str, ...]]  # the methods of each path
 
     def __init__(
@@ -1075,10 +1064,8 @@ class Server(socketserver.BaseServer):
                         self._make_room()
                         self.room.wait(RELIEF_SECONDS)
                 continue
-            try:
+            with contextlib.suppress(OSError):  # the client has gone, or was shut out
                 self.process_request(request, address)
-            except Exception:
-                self.handle_error(request, address)
             self.shutdown_request(request)
         with self.room:
             self.threads -= 1
@@ -1125,10 +1112,6 @@ class Server(socketserver.BaseServer):
 
     def shutdown_request(self, request: Any) -> None:
         request.close()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), OSError):  # else the client has gone, or was shut out
-            log.exception("a defect: please report it")
 
     def _make_room(self) -> None:
         """Shut the connection that has waited longest for its request, of the address with most.
@@ -1221,11 +1204,9 @@ class StrictHandler(BaseHTTPRequestHandler):
         self.wait("request", self.server.settings.timeout)
         self.head = self.instance = None
         try:
-            line = first
-            if HEAD_START.match(first):  # else it may be a TLS hello, which has no end of line
-                line += self.rfile.readline(REQUEST_LINE_BYTES - 1)
-            self.command, self.path = line.partition(b" ")[0].decode("latin-1"), "-"
-            self.head = read_head(self.rfile, line)
+            # Until the head is read: no answer to HEAD has a body, and no other method begins so.
+            self.command, self.path = "HEAD" if first == b"H" else "-", "-"
+            self.head = read_head(self.rfile, first)
             self.command, self.path = self.head.method, self.head.path
             self.unread = self.command not in ("GET", "HEAD")
             if self.head.length == 0:
@@ -1248,8 +1229,10 @@ class StrictHandler(BaseHTTPRequestHandler):
         allowed = self.server.routes.get(self.path)
         if not allowed and self.path.startswith("/"):
             raise Refusal(404, "no such path", self.path[:100])
-        if self.command not in (allowed or ()):
-            raise not_allowed(allowed or ("GET", "HEAD", "POST"))
+        if self.command not in (allowed or ()):  # RFC 9110 section 15.5.6
+            allow = (("Allow", ", ".join(allowed or ("GET", "HEAD", "POST"))),)
+            why = "method not allowed"
+            raise Refusal(dataclasses.replace(json_answer(405, error=why), headers=allow), why)
         if b"content-encoding" in self.head.fields:
             raise Refusal(415, "content coding not supported")
         method: Callable[[], None] = getattr(self, f"do_{self.command}")
@@ -1296,8 +1279,11 @@ class StrictHandler(BaseHTTPRequestHandler):
         self.settle()
         try:
             with contextlib.suppress(OSError):
-                if isinstance(self.request, ssl.SSLSocket):
-                    self._say_goodbye(self.request)
+                if isinstance(self.request, ssl.SSLSocket):  # RFC 8446 section 6.1: say goodbye
+                    self.request.settimeout(0)  # without waiting for the client's
+                    with contextlib.suppress(OSError):
+                        self.request.unwrap()
+                    socket.socket.settimeout(self.request, None)
                 if self.closing:
                     self._linger()
         finally:
@@ -1306,13 +1292,6 @@ class StrictHandler(BaseHTTPRequestHandler):
                 if not self.server.connections[self.address]:
                     del self.server.connections[self.address]
             super().finish()
-
-    def _say_goodbye(self, request: ssl.SSLSocket) -> None:
-        """End TLS (RFC 8446 section 6.1), without waiting for the client to do so too."""
-        request.settimeout(0)
-        with contextlib.suppress(OSError):
-            request.unwrap()
-        socket.socket.settimeout(request, None)
 
     def _linger(self) -> None:
         """Wait until nothing unread is left: else a reset could overtake the answer."""
@@ -1354,11 +1333,8 @@ class SignalHandler(StrictHandler):
         body = self.read_body()
         if not instance.authenticates(body, fields[SIGNATURE]):
             raise Refusal(WRONG_SIGNATURE, "invalid signature")
-        try:
-            payload = body if begins_as_object(body) else instance.decrypt(body)
-            parse_object(payload)
-        except Unreadable as reason:
-            raise Refusal(400, str(reason)) from None
+        payload = body if begins_as_object(body) else instance.decrypt(body)
+        parse_object(payload)
         identity = signal_id(payload)
         line = signal_line(instance.name, identity, payload)
         del body, payload  # else a disk that hangs has each signal in memory twice
