@@ -23,8 +23,12 @@ The file is read from top to bottom in the order in which a signal travels:
 
 Each connection has a thread, which may block: a housekeeper shuts the sockets of those that are
 late. A thread with a signal offers its line to the log; the first to find that nobody commits
-writes and syncs all that have gathered, and sends the 200s. Locks, taken in this order and held
-for microseconds but for the first: SignalLog.storing and .turn, Figures.counting, Server.room.
+writes and syncs all that have gathered, and sends the 200s.
+
+Locks: SignalLog.storing is held by the thread that commits, for as long as the disk takes, and
+the others may be taken within it: SignalLog.turn, Figures.counting and Server.room, each held for
+microseconds. Server.accepting is held by the thread that waits for a connection, a handler's
+`owed` from its offer until it has been told of it.
 """
 
 from __future__ import annotations
@@ -32,7 +36,6 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
-import ctypes
 import dataclasses
 import errno
 import fcntl
@@ -486,11 +489,12 @@ def parse_line(line: bytes) -> tuple[str, str, bytes] | None:
     if not match:
         return None
     identity = bytes.fromhex(match[3].decode())
-    if signal_id(match[4]) != identity:  # a payload that was put on one line, or a damaged one
-        try:
+    try:
+        datetime.fromisoformat(match[1].decode())
+        if signal_id(match[4]) != identity:  # a payload that was put on one line, or a damaged one
             parse_object(line)
-        except Refusal:
-            return None
+    except (Refusal, ValueError):
+        return None
     return match[1].decode(), match[2].decode(), identity
 
 
@@ -651,7 +655,7 @@ class SignalLog:
         self.in_flight = dict[bytes, Entry]()  # what is pending or being committed
         self.waiting = 0  # bytes of it
         self.window, self.window_size = OrderedDict[bytes, None](), window  # the newest keys
-        self.storing = threading.Lock()  # guards the segment; held by the thread that commits
+        self.storing = threading.Lock()  # guards the segment, which others only look at
         self.fd, self.identity = -1, (0, 0)  # device and inode
         self.size, self.day = 0, 0.0  # bytes, all of acknowledged lines; days since the epoch
         self.damaged = False  # an error has met the segment: it waits for the recovery
@@ -690,20 +694,23 @@ class SignalLog:
             while self.pending and size < BATCH_BYTES:
                 batch.append(self.pending.popleft())
                 size += len(batch[-1].line)
-        started = time.monotonic()
-        stored = self._store(b"".join([entry.line for entry in batch]))
-        with self.turn:
-            self.waiting -= size
+        try:
+            started = time.monotonic()
+            stored = self._store(b"".join([entry.line for entry in batch]))
+            with self.turn:
+                self.waiting -= size
+                for entry in batch:
+                    self.in_flight.pop(entry.key, None)
+                    if stored:
+                        self.window[entry.key] = None
+                        if len(self.window) > self.window_size:
+                            self.window.popitem(last=False)
+            self.committed(batch, stored, time.monotonic() - started)
             for entry in batch:
-                self.in_flight.pop(entry.key, None)
-                if stored:
-                    self.window[entry.key] = None
-                    if len(self.window) > self.window_size:
-                        self.window.popitem(last=False)
-        self.committed(batch, stored, time.monotonic() - started)
-        for entry in batch:
-            for waiter in entry.waiters:
-                waiter.answered(stored)
+                for waiter in entry.waiters:
+                    waiter.answered(stored)
+        except OSError as error:  # no client's, and the batch would be waited for in vain
+            raise RuntimeError("a defect in a commit") from error
         self.storing.release()  # only now, so that the next batch is not a batch of one
         if self.pending:  # this thread has its own connection to go back to
             self.untended.set()
@@ -747,10 +754,11 @@ class SignalLog:
                 if self.is_due():
                     self._close_segment()
         except OSError as error:
-            if not self.failure:
-                log.error("cannot store signals: %s; trying again", error.strerror)
-                self.untended.set()
+            first = not self.failure
             self.failure, self.failed_at = str(error.strerror), time.monotonic()
+            if first:
+                log.error("cannot store signals: %s; trying again", self.failure)
+                self.untended.set()  # only now: run() looks at the failure when it wakes
             with contextlib.suppress(OSError):  # else it is tried again once a second
                 self._prepare()
         self.busy_since = NEVER
@@ -861,7 +869,7 @@ class SignalLog:
         try:
             self._open_segment()
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or self.disk.lock < 0:
                 raise
         keys, damaged = list[bytes](), 0
         lines = itertools.chain.from_iterable(map(self._stored_lines, newest_first))
@@ -1080,7 +1088,8 @@ class Server(socketserver.BaseServer):
         with self.accepting:
             self.ready.poll()
             try:
-                if self.stopping and self.activated:
+                waited = time.monotonic() > self.stopping + GRACE_SECONDS
+                if self.stopping and (self.activated or waited):
                     raise BlockingIOError
                 request, address = self.socket.accept()
             except BlockingIOError:
@@ -1136,10 +1145,10 @@ class Server(socketserver.BaseServer):
                     # A late request still gets its 408, unless that is late too.
                     gentle = handler.state == "request" and now < handler.deadline + LINGER_SECONDS
                     handler.shut(socket.SHUT_RD if gentle else socket.SHUT_RDWR)
-                elif (self.stopping and handler.state == "idle") and (
-                    handler.head or now > self.stopping + GRACE_SECONDS
-                ):
-                    handler.shut(socket.SHUT_RD)  # what has come already is still read
+                elif self.stopping and handler.state == "idle":
+                    waited = handler.head or now > self.stopping + GRACE_SECONDS
+                    if waited and not handler.has_news():
+                        handler.shut(socket.SHUT_RD)
 
     def stop(self) -> bool:
         """Finish what is in flight; True if all of it could be finished in time."""
@@ -1175,18 +1184,29 @@ class StrictHandler(BaseHTTPRequestHandler):
             self.server.connections.setdefault(self.address, set()).add(self)
 
     def wait(self, state: str, seconds: float) -> None:
-        """Say what is waited for: a request when idle, the rest of it, or something else."""
+        """Say what is waited for: a request when idle, the rest of it, or something else.
+
+        The housekeeper may see the one without the other: it shuts what is late all the same.
+        """
         self.state = state
         self.deadline = time.monotonic() + seconds
 
     def idle(self, seconds: float) -> None:
         self.wait("idle", seconds)
-        self.since = self.deadline - seconds  # who is slow otherwise has 0: it is shut first
+        self.since = self.deadline - seconds  # 0: is slow to take an answer
 
     def shut(self, how: int) -> None:
         """Shut the socket under the handler's hands; an SSLSocket's own shutdown() forgets TLS."""
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.request, how)
+
+    def has_news(self) -> bool:
+        """Whether something has come that is not read yet."""
+        try:
+            peek = socket.MSG_PEEK | socket.MSG_DONTWAIT
+            return bool(socket.socket.recv(self.request, 1, peek))
+        except OSError:
+            return False
 
     def handle(self) -> None:
         if isinstance(self.request, ssl.SSLSocket):
@@ -1202,11 +1222,15 @@ class StrictHandler(BaseHTTPRequestHandler):
         if not first or self.closing:
             return
         self.wait("request", self.server.settings.timeout)
+        self.since = time.monotonic()
         self.head = self.instance = None
         try:
-            # Until the head is read: no answer to HEAD has a body, and no other method begins so.
-            self.command, self.path = "HEAD" if first == b"H" else "-", "-"
-            self.head = read_head(self.rfile, first)
+            line = first
+            if HEAD_START.match(first):  # else it may be a TLS hello, which has no end of line
+                line += self.rfile.readline(REQUEST_LINE_BYTES - 1)
+            # Until the head is read: whose answer has no body.
+            self.command, self.path = "HEAD" if line.startswith(b"HEAD ") else "-", "-"
+            self.head = read_head(self.rfile, line)
             self.command, self.path = self.head.method, self.head.path
             self.unread = self.command not in ("GET", "HEAD")
             if self.head.length == 0:
@@ -1281,7 +1305,7 @@ class StrictHandler(BaseHTTPRequestHandler):
             with contextlib.suppress(OSError):
                 if isinstance(self.request, ssl.SSLSocket):  # RFC 8446 section 6.1: say goodbye
                     self.request.settimeout(0)  # without waiting for the client's
-                    with contextlib.suppress(OSError):
+                    with contextlib.suppress(OSError, ValueError):  # it may never have begun
                         self.request.unwrap()
                     socket.socket.settimeout(self.request, None)
                 if self.closing:
@@ -1300,7 +1324,8 @@ class StrictHandler(BaseHTTPRequestHandler):
             return  # it has said all, and gone; BlockingIOError: it has said all
         self.since = 0.0
         self.wait("linger", LINGER_SECONDS)
-        self.shut(socket.SHUT_WR)
+        if not self.late:  # else the kernel resets it at the client's next byte
+            self.shut(socket.SHUT_WR)
         while receive() or (self.late and time.monotonic() < self.deadline):
             if self.late:  # having been shut it is always at its end, and yet more may come
                 time.sleep(0.01)
@@ -1437,19 +1462,12 @@ CONSOLE_PAGE = r"""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style>
 :root { color-scheme: light dark; font: 15px/1.6 system-ui, sans-serif; overflow-wrap: anywhere }
-* { margin: 0; padding: 0; font: inherit; border: 0 solid #8886; background: none }
-body { padding: 0 1rem } body, dialog { background: Canvas } td, button, summary { cursor: pointer }
-h1, h2, output, td button, div:first-child > dd { font-weight: 600 } input, h2 { flex: 1; width: 0 }
-dt, th, details, #count { color: light-dark(#5a6573, #9aa5b3) }
+body { margin: 0 1rem; background: Canvas } h1, h2, dd { margin: 0; font-size: 1em }
 .good { color: light-dark(#14804e, #4cc38a) } .bad { color: light-dark(#c0262d, #ff8080) }
 .bar { padding: .8rem 0; display: flex; flex-wrap: wrap; gap: .2rem 1rem; align-items: center }
-.bar > :is(button, input) { padding: .3rem .8rem; border-width: 1px; border-radius: .3rem }
-dt::first-letter { text-transform: uppercase } table, thead, tbody { display: block }
-dl, tr:not([hidden]) { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.7rem, 1fr));
-  gap: 0 1rem; padding: .3rem 0; border-bottom-width: 1px; text-align: left }
-td, td button { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; max-width: 100% }
-dialog { width: 60rem; margin: auto; padding: 0 1.2rem 1.2rem; border-width: 1px }
-pre { padding: .5rem 0; font: 13px/1.5 ui-monospace, monospace; white-space: pre-wrap }
+dd, output { font-weight: 600 } input, h2 { flex: 1; width: 0 } pre { white-space: pre-wrap }
+dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.7rem, 1fr)); gap: 0 1rem }
+table { width: 100%; table-layout: fixed } td, th { vertical-align: top; text-align: left }
 </style>
 <header class="bar"><h1>Live API receiver</h1><output id="state">Connecting</output></header><main>
 <div id="figures"></div><details><summary>Last refusals</summary><pre id="refusals"></pre></details>
@@ -1463,18 +1481,15 @@ pre { padding: .5rem 0; font: 13px/1.5 ui-monospace, monospace; white-space: pre
 'use strict';  // A signal is text that strangers write: it enters this page as text, never as HTML.
 const $ = id => document.getElementById(id), count = number => number.toLocaleString();
 const time = when => when ? new Date(when).toLocaleString('sv') : '-';  // 2026-11-23 19:00:00
-function el(tag, ...inside) {
-  const made = document.createElement(tag);
-  made.append(...inside);
-  return made;
-}
-// What cannot be seen (control and direction characters) is shown as the escapes JSON has for it.
-const escape = unit => '\\u' + unit.charCodeAt().toString(16).padStart(4, '0');
-const plain = text => text.replace(/[\p{C}\p{Zl}\p{Zp}]/gu, it => it.replace(/[^]/g, escape));
+const el = (tag, ...inside) => {
+  const made = document.createElement(tag); made.append(...inside); return made;
+};
+const plain = text => text.replace(/[\p{C}\p{Zl}\p{Zp}]/gu, unseen => unseen.replace(/[^]/g,
+  unit => '\\u' + unit.charCodeAt().toString(16).padStart(4, '0')));  // as JSON escapes it
 const brief = value => typeof value == 'object' ? '' : plain(String(value ?? '').slice(0, 200));
-const newest = (rows, room = 2e7) =>  // those that are kept: at most 1,000, and in bounded memory
+const newest = (rows, room = 2e7) =>  // those that are kept, in bounded memory
   rows.filter((row, index) => index < 1000 && (room -= row.text.length) > 0);
-let stream, polls = [], waiting = [], seen = new Set(), frame = 0, paused = false;
+let stream, polls = [], waiting = [], seen = new Set(), frame, paused;
 function take({ data: line }) {
   const { received_at, instance, id, signal } = JSON.parse(line), data = Object(signal.data);
   const key = received_at + instance + id, who = brief(data.userID) || brief(data.deviceID);
@@ -1482,9 +1497,8 @@ function take({ data: line }) {
   if (seen.add(key).size > 2000) seen.delete(seen.values().next().value);
   const type = el('button', brief(signal.type).replace('re.notifica.event.', '') || '(no type)');
   const row = el('tr', ...[time(received_at), instance, type, who].map(cell => el('td', cell)));
-  const read = line.replace(/\\u(....)/g, (_, code) => String.fromCharCode('0x' + code));
-  Object.assign(row, { line, text: [line, read, row.textContent].join(' ').toLowerCase() });
-  waiting = newest([row, ...waiting]);
+  const text = [line, JSON.stringify(signal), row.textContent].join(' ').toLowerCase();
+  waiting = newest([Object.assign(row, { line, text }), ...waiting]);
   frame ||= requestAnimationFrame(draw);  // thousands of signals do not make it slow
 }
 function draw() {
@@ -1502,7 +1516,19 @@ const facts = named => el('dl', ...Object.entries(named).map(([name, value]) => 
   el('dt', name.replace('last_verify', 'verify last answered').replace(/_at$|_/g, ' ')),
   el('dd', name.endsWith('_at') ? time(value) : typeof value != 'object' ? value.toLocaleString()
     : Object.entries(value).map(([reason, n]) => `${count(n)} ${reason}`).join(', ') || '-'))));
-function report({ status, reason, segment, instances, refused, refusals, ...it }) {
+async function look() {  // the stream comes back by itself, unless it was refused
+  if (!stream || stream.readyState == EventSource.CLOSED)
+    stream = Object.assign(new EventSource('/signals'), { onmessage: take, onopen: look });
+  const asked = fetch('/status', { signal: AbortSignal.timeout(5000) });
+  const answer = await asked.then(it => it.json()).catch(() => null);
+  const state = !answer ? 'No connection, trying again'
+    : answer.status != 'ok' ? `Signals cannot be stored: ${answer.reason}`
+    : stream.readyState == EventSource.OPEN ? 'Receiving' : 'Connecting';
+  document.title = `${state} - Live API receiver`;
+  $('state').className = state == 'Receiving' ? 'good' : 'bad';
+  if ($('state').textContent != state) $('state').textContent = state;
+  if (!answer) return;
+  const { status, reason, segment, instances, refused, refusals, ...it } = answer;
   const stored = instances.reduce((sum, each) => sum + each.stored, 0), now = performance.now();
   polls = [...polls, { ...it, stored, now }].slice(-6).filter(p => p.started_at == it.started_at);
   const rate = (stored - polls[0].stored) * 1000 / (now - polls[0].now) || 0;  // of ten seconds
@@ -1510,19 +1536,6 @@ function report({ status, reason, segment, instances, refused, refusals, ...it }
   $('figures').replaceChildren(...[own, ...instances].map(facts));
   $('refusals').textContent = refusals.reverse().map(
     ({ at, instance, reason }) => `${time(at)}  ${instance || '-'}  ${reason}`).join('\n');
-}
-async function look() {  // the stream comes back by itself, unless it was refused
-  if (!stream || stream.readyState == EventSource.CLOSED)
-    stream = Object.assign(new EventSource('/signals'), { onmessage: take, onopen: look });
-  const asked = fetch('/status', { signal: AbortSignal.timeout(5000) });
-  const status = await asked.then(answer => answer.json()).catch(() => null);
-  const state = !status ? 'No connection, trying again'
-    : status.status != 'ok' ? `Signals cannot be stored: ${status.reason}`
-    : stream.readyState == EventSource.OPEN ? 'Receiving' : 'Connecting';
-  document.title = `${state} - Live API receiver`;
-  $('state').className = state == 'Receiving' ? 'good' : 'bad';
-  if ($('state').textContent != state) $('state').textContent = state;
-  if (status) report(status);
 }
 function layout(line, depth = 0) {  // no token is changed: 1e400 and 0.10 stay as they were sent
   const next = step => '\n' + '  '.repeat(Math.min(depth += step, 40));
@@ -1532,32 +1545,25 @@ function layout(line, depth = 0) {  // no token is changed: 1e400 and 0.10 stay 
 }
 $('rows').onclick = event => {
   const { line } = event.target.closest('tr'), { received_at, signal } = JSON.parse(line);
+  const late = count((Date.parse(received_at) - signal.timestamp) / 1000);
   $('title').textContent = `Received ${time(received_at)}, ` + (Number.isFinite(signal.timestamp)
-    ? `${count((Date.parse(received_at) - signal.timestamp) / 1000)} seconds after its timestamp`
-    : 'without a timestamp');
-  $('whole').textContent = layout(line);
-  $('detail').showModal();
+    ? `${late} seconds after its timestamp` : 'without a timestamp');
+  $('whole').textContent = layout(line); $('detail').showModal();
 };
-$('filter').oninput = draw;
-$('pause').onclick = () => { paused = !paused; draw(); };
+$('filter').oninput = draw; $('pause').onclick = () => { paused = !paused; draw(); };
 $('zone').textContent = `Received (${Intl.DateTimeFormat().resolvedOptions().timeZone})`;
 draw(); look(); setInterval(look, 2000);
 </script>
 """
 
-CSP = (
-    "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none';"
-    " frame-ancestors 'none'"
-)
+CSP = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
+CSP += "; frame-ancestors 'none'"
 for _tag in ("style", "script"):  # the page's own, and no other (CSP level 3)
     _text = CONSOLE_PAGE.partition(f"<{_tag}>")[2].partition(f"</{_tag}>")[0].encode()
     CSP += f"; {_tag}-src 'sha256-{base64.b64encode(hashlib.sha256(_text).digest()).decode()}'"
-CONSOLE_HEADERS = (
-    ("Content-Security-Policy", CSP),
-    ("Cache-Control", "no-store"),
-    ("X-Content-Type-Options", "nosniff"),
-    ("Cross-Origin-Resource-Policy", "same-origin"),
-)
+_SAME_ORIGIN = ("Cross-Origin-Resource-Policy", "same-origin")
+_AS_DECLARED, _NOT_KEPT = ("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store")
+CONSOLE_HEADERS = (("Content-Security-Policy", CSP), _SAME_ORIGIN, _AS_DECLARED, _NOT_KEPT)
 
 
 def follow(signal_log: SignalLog) -> Iterator[bytes]:
@@ -1566,10 +1572,14 @@ def follow(signal_log: SignalLog) -> Iterator[bytes]:
     while True:
         before = signal_log.identity
         with open(signal_log.disk.open_to_read(CURRENT), "rb") as file:
-            while True:
-                identity, size = signal_log.identity, signal_log.size  # see _open_segment
+            identity, there = before, os.fstat(file.fileno())
+            this = (there.st_dev, there.st_ino)
+            while there.st_size >= offset and identity in (this, before):
+                identity, size = signal_log.identity, signal_log.size
+                if identity != signal_log.identity:
+                    identity = before
+                    continue  # another segment is being opened
                 there = os.fstat(file.fileno())
-                this = (there.st_dev, there.st_ino)
                 end = size if identity == this else there.st_size
                 if offset < 0:
                     file.seek(max(0, end - STREAM_BYTES))
@@ -1580,9 +1590,7 @@ def follow(signal_log: SignalLog) -> Iterator[bytes]:
                     offset += len(line)
                     yield line.rstrip(b"\n")
                 yield b""
-                if there.st_size < offset or identity not in (this, before):
-                    break  # it was cut, or another segment is the open one
-        offset = 0
+        offset = 0  # it was cut, or another segment is the open one
 
 
 class ConsoleHandler(StrictHandler):
@@ -1605,21 +1613,20 @@ class ConsoleHandler(StrictHandler):
         elif self.path == "/status":
             self.answer(json_answer(200, **console_status(receiver)))
         elif self.path == "/metrics":
-            text = metrics(receiver).encode()
-            self.answer(Answer(200, text, "text/plain; version=0.0.4; charset=utf-8"))
+            self.answer(Answer(200, metrics(receiver), "text/plain; version=0.0.4; charset=utf-8"))
         else:
             self.close_connection = True
             self.answer(Answer(200, b"", STREAM))
             if self.command == "GET":
-                self.stream(follow(receiver.signal_log))
+                self.stream(receiver.signal_log)
 
     do_HEAD = do_GET
 
-    def stream(self, lines: Iterator[bytes]) -> None:
-        """Server-sent events (WHATWG HTML section 9.2), as long as someone watches."""
+    def stream(self, signal_log: SignalLog) -> None:
+        """What tail -n 100 -F shows, if it is synced, as events (WHATWG HTML section 9.2)."""
         with self.request.makefile("wb") as events:
             events.write(b"retry: 1000\n\n")
-            for line in lines:
+            for line in follow(signal_log):
                 self.wait("stream", WATCHER_SECONDS)
                 self.since = time.monotonic()
                 if match := LINE.fullmatch(line):
@@ -1638,13 +1645,11 @@ def console_status(receiver: Receiver) -> dict[str, Any]:
     figures, trouble = receiver.figures, receiver.signal_log.trouble
 
     def known_of(name: str) -> dict[str, Any]:
-        return {
-            "instance": name,
-            "last_verify_at": figures.verified.get(name),
-            "last_signal_at": figures.received.get(name),
-            **{result: figures.signals[name, result] for result in RESULTS},
-            "refused": {why: count for (who, why), count in figures.refused.items() if who == name},
-        }
+        verified, received = figures.verified.get(name), figures.received.get(name)
+        moments = {"last_verify_at": verified, "last_signal_at": received}
+        results = {result: figures.signals[name, result] for result in RESULTS}
+        refused = {why: count for (who, why), count in figures.refused.items() if who == name}
+        return {"instance": name, **moments, **results, "refused": refused}
 
     with figures.counting:
         return {
@@ -1662,7 +1667,7 @@ def console_status(receiver: Receiver) -> dict[str, Any]:
         }
 
 
-def metrics(receiver: Receiver) -> str:
+def metrics(receiver: Receiver) -> bytes:
     """The figures in Prometheus' text format 0.0.4."""
     figures, signal_log, names = receiver.figures, receiver.signal_log, names_of(receiver.instances)
 
@@ -1675,27 +1680,26 @@ def metrics(receiver: Receiver) -> str:
 
     with figures.counting:
         every = {key: figures.signals[key] for key in itertools.product([*names, ""], RESULTS)}
-        signals, refused = by("result", every), by("reason", figures.refused)
-        received, verified = seconds(figures.received), seconds(figures.verified)
-        started = datetime.fromisoformat(figures.started).timestamp()
         spent = {"_sum": round(figures.commit_seconds, 6), "_count": figures.commits}
-        families: Sequence[tuple[str, str, str, Mapping[str, float]]] = (
-            ("signals_total", "counter", "Signals by what became of them.", signals),
-            ("refused_total", "counter", "Requests refused, by reason.", refused),
-            ("last_signal_timestamp_seconds", "gauge", "When a signal was last stored.", received),
-            ("last_verify_timestamp_seconds", "gauge", "When Verify was last answered.", verified),
-            ("storing", "gauge", "1 if signals can be stored.", {"": int(not signal_log.trouble)}),
-            ("connections", "gauge", "Open connections of the endpoint.", {"": receiver.open}),
-            ("segment_bytes", "gauge", "Size of the open segment.", {"": signal_log.size}),
-            ("start_time_seconds", "gauge", "When it was started.", {"": started}),
-            ("commit_duration_seconds", "summary", "Writing and syncing a batch.", spent),
-            ("commit_lines_total", "counter", "Lines synced.", {"": figures.total("stored")}),
+        started = datetime.fromisoformat(figures.started).timestamp()
+        families: Sequence[tuple[str, str, Mapping[str, float]]] = (
+            ("signals_total counter", "Signals by what became of them", by("result", every)),
+            ("refused_total counter", "Requests refused", by("reason", figures.refused)),
+            ("last_signal_timestamp_seconds gauge", "Last stored", seconds(figures.received)),
+            ("last_verify_timestamp_seconds gauge", "Last answered", seconds(figures.verified)),
+            ("storing gauge", "1 if signals can be stored", {"": int(not signal_log.trouble)}),
+            ("connections gauge", "Open connections of the endpoint", {"": receiver.open}),
+            ("segment_bytes gauge", "Size of the open segment", {"": signal_log.size}),
+            ("start_time_seconds gauge", "When it was started", {"": started}),
+            ("commit_duration_seconds summary", "Writing and syncing a batch", spent),
+            ("commit_lines_total counter", "Lines synced", {"": figures.total("stored")}),
         )
     text = ""
-    for name, kind, what, samples in families:
-        text += f"# HELP liveapi_{name} {what}\n# TYPE liveapi_{name} {kind}\n"
-        text += "".join(f"liveapi_{name}{rest} {value}\n" for rest, value in samples.items())
-    return text
+    for kind, what, samples in families:
+        name = f"liveapi_{kind.partition(' ')[0]}"
+        text += f"# HELP {name} {what}.\n# TYPE liveapi_{kind}\n"
+        text += "".join(f"{name}{rest} {value}\n" for rest, value in samples.items())
+    return text.encode()
 
 
 class Console(Server):
@@ -1716,8 +1720,6 @@ class Console(Server):
 
 
 def from_to(least: float, most: float, kind: Callable[[str], float] = int) -> Callable[[str], Any]:
-    """The type of an option: a number within these bounds."""
-
     def number(text: str) -> float:
         if not least <= (value := kind(text)) <= most:
             raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
@@ -1735,7 +1737,7 @@ def endpoint_path(text: str) -> str:
     return text
 
 
-def console_address(text: str) -> tuple[str, int]:
+def address(text: str) -> tuple[str, int]:
     host, _, number = text.rpartition(":")
     return host.strip("[]") or "127.0.0.1", PORT(number)
 
@@ -1761,30 +1763,24 @@ class Settings:
     keepalive: float = option(75.0, "SECONDS", "idle time between requests", SECONDS)
     segment_bytes: int = option(1 << 28, "N", "a segment this large is closed", from_to(1, 1 << 40))
     dedupe: int = option(65536, "N", "newest signals known for repeats", from_to(0, 1 << 30))
-    console: tuple[str, int] | None = option(
-        None, "[HOST:]PORT", "private listener: page, stream, metrics (off)", console_address
-    )
+    console: tuple[str, int] | None = option(None, "[HOST:]PORT", "private listener (off)", address)
     access_log: bool = option(False, "", "log a line for each request", bool)
 
 
 def load_tls(settings: Settings) -> ssl.SSLContext | None:
     """TLS 1.2 and up from the two files, or None without them; OperatorError if they are faulty."""
     cert, key = settings.tls_cert, settings.tls_key
-    if not (cert and key):
-        if cert or key:
-            raise OperatorError("--tls-cert and --tls-key go together: give both")
+    if not cert and not key:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # The end that a handler finds when its socket was shut is no error of the client's.
     context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
     try:
-        for path in (cert, key):
-            path.open("rb").close()  # an error names the file, as OpenSSL's does not
-        context.load_cert_chain(cert, key, password="")
+        context.load_cert_chain(cert or "", key or "", password="")
     except OSError as error:
-        files = error.filename or f"{cert} and {key}"
-        raise OperatorError(f"cannot serve TLS with {files}: {error.strerror or error}") from None
+        files = f"--tls-cert {cert} and --tls-key {key}"
+        raise OperatorError(f"cannot serve TLS with {files}: {error}") from None
     return context
 
 
@@ -1794,10 +1790,9 @@ def open_listener(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        if getattr(error, "errno", 0) == errno.EAFNOSUPPORT:
-            reason += "; in the service's sandbox, enable its .socket unit instead"
-        raise OperatorError(f"cannot listen on {host} port {port}: {reason}") from None
+        sandboxed = getattr(error, "errno", 0) == errno.EAFNOSUPPORT
+        hint = "; in the service's sandbox, enable its .socket unit instead" if sandboxed else ""
+        raise OperatorError(f"cannot listen on {host} port {port}: {error}{hint}") from None
 
 
 def address_of(listener: socket.socket) -> str:
@@ -1807,37 +1802,29 @@ def address_of(listener: socket.socket) -> str:
     return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
 
 
-def number_in(variable: str) -> int:
-    """A number that systemd has put into the environment; 0 if it has not."""
-    text = os.environ.get(variable, "0")
-    if not text.isdecimal():
-        raise OperatorError(f"{variable}={text} is no number: leave it to systemd")
-    return int(text)
-
-
 def activated_listeners() -> dict[str, socket.socket]:
-    """The sockets that systemd has opened for us, by name (sd_listen_fds(3))."""
-    if os.environ.get("LISTEN_PID") != str(os.getpid()):
-        return {}
-    count, names = number_in("LISTEN_FDS"), os.environ.get("LISTEN_FDNAMES", "").split(":")
-    try:
-        sockets = [socket.socket(fileno=3 + number) for number in range(count)]
-    except OSError as error:
-        raise OperatorError(f"LISTEN_FDS={count}: {error.strerror}: leave it to systemd") from None
-    pairs = zip(names, sockets, strict=False)
-    given = {"console" if name == "console" else "live": each for name, each in pairs}
-    if len(given) < count:
-        raise OperatorError("systemd may give one socket named live and one named console, no more")
+    """The sockets that systemd has opened for us, by name (sd_listen_fds(3)); OperatorError."""
+    count, watchdog = os.environ.get("LISTEN_FDS", "0"), os.environ.get("WATCHDOG_USEC", "0")
+    if not (count.isdecimal() and watchdog.isdecimal()):
+        raise OperatorError(f"LISTEN_FDS={count}, WATCHDOG_USEC={watchdog}: leave both to systemd")
+    given: dict[str, socket.socket] = {}
+    if os.environ.get("LISTEN_PID") == str(os.getpid()):
+        names = os.environ.get("LISTEN_FDNAMES", "").split(":")
+        with contextlib.suppress(OSError):  # it is no socket: one too few
+            for fd, name in enumerate(names[: int(count)], 3):
+                given["console" if name == "console" else "live"] = socket.socket(fileno=fd)
+        if len(given) != int(count):
+            raise OperatorError(f"LISTEN_FDS={count}: give one named live and one named console")
     return given
 
 
 def notify(state: str) -> None:
     """Tell the service manager (sd_notify(3)); without one, nothing happens."""
     if address := os.environ.get("NOTIFY_SOCKET"):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.settimeout(1)
             sock.connect("\0" + address[1:] if address.startswith("@") else address)
-            sock.sendall(state.encode())
+            sock.sendall(state.encode(errors="backslashreplace"))
 
 
 class StandardError(logging.Handler):
@@ -1846,34 +1833,37 @@ class StandardError(logging.Handler):
     The pipe is the queue. When it is full, for nobody reads it, lines are dropped and counted.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        there = os.fstat(2)
-        self.journal = os.environ.get("JOURNAL_STREAM") == f"{there.st_dev}:{there.st_ino}"
-        self.dropped = 0
+    fd, dropped, journal = 2, 0, False
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not select.select((), (2,), (), 0)[1]:
-            self.dropped += 1
-            return
         text = self.format(record)
         if self.dropped:
             text += f" ({self.dropped} log lines before this one were dropped)"
-        self.dropped = 0
         priority = {logging.INFO: 6, logging.WARNING: 4}.get(record.levelno, 3)
         start = f"<{priority}>" if self.journal else f"{now_rfc3339()} {record.levelname.lower()}: "
-        lines = "".join([f"{start}{line}\n" for line in text.split("\n")])
-        with contextlib.suppress(OSError):
-            os.write(2, lines.encode()[: select.PIPE_BUF])  # as much as there is room for
+        lines = (start + text.replace("\n", "\n" + start)).encode(errors="backslashreplace")
+        try:
+            if not select.select((), (self.fd,), (), 0)[1]:
+                raise BlockingIOError
+            os.write(self.fd, lines[: select.PIPE_BUF - 1] + b"\n")  # there is room for so much
+            self.dropped = 0
+        except BlockingIOError:
+            self.dropped += 1
+        except OSError:
+            pass  # nobody can read it
 
 
 def setup_logging() -> None:
     while (spare := os.open(os.devnull, os.O_RDWR)) < 3:
         pass  # standard error may be closed: nothing else may get its number
     os.close(spare)
-    log.handlers[:] = [StandardError()]
-    log.setLevel(logging.INFO)
-    log.propagate = False
+    there, handler = os.fstat(2), StandardError()
+    if stat.S_ISCHR(there.st_mode) or stat.S_ISFIFO(there.st_mode):
+        with contextlib.suppress(OSError):  # opened anew: not to block is nobody else's then
+            flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+            handler.fd = os.open("/proc/self/fd/2", flags)
+    handler.journal = os.environ.get("JOURNAL_STREAM") == f"{there.st_dev}:{there.st_ino}"
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
 
 
 def exit_on_defect(defect: threading.ExceptHookArgs) -> None:
@@ -1883,29 +1873,8 @@ def exit_on_defect(defect: threading.ExceptHookArgs) -> None:
     os._exit(1)
 
 
-def open_log(settings: Settings, figures: Figures) -> SignalLog:
-    """The log of a signals directory, made if missing and held from now on; OperatorError."""
-    directory, window, largest = settings.signals, settings.dedupe, settings.segment_bytes
-    try:
-        made = [each for each in (directory, *directory.parents) if not each.exists()]
-        directory.mkdir(parents=True, exist_ok=True)
-        for each in made:  # a power loss must not take the directory with what is in it
-            Disk(each.parent).sync_directory()
-        signal_log = SignalLog(
-            Disk(directory), window=window, segment_bytes=largest, committed=figures.committed
-        )
-        signal_log.start()
-    except OSError as error:
-        locked = isinstance(error, BlockingIOError)
-        reason = "another server is using it" if locked else error.strerror
-        raise OperatorError(f"cannot open the log in {directory}: {reason}") from None
-    figures.received.update(signal_log.last_received)
-    return signal_log
-
-
 def open_servers(settings: Settings) -> tuple[Receiver, list[Server]]:
     """The receiver with its log open, and all servers: it and the console; OperatorError."""
-    number_in("WATCHDOG_USEC")  # an error is one of the start
     instances, tls = load_instances(settings.keys), load_tls(settings)
     given = activated_listeners()
     if "live" in given and (settings.host, settings.port) != (None, None):
@@ -1913,8 +1882,21 @@ def open_servers(settings: Settings) -> tuple[Receiver, list[Server]]:
     port = 3014 if settings.port is None else settings.port
     listener = given.get("live") or open_listener(settings.host or "127.0.0.1", port)
     console = given.get("console") or (settings.console and open_listener(*settings.console))
-    figures = Figures()
-    receiver = Receiver(settings, listener, instances, open_log(settings, figures), figures)
+    figures, path, window = Figures(), settings.signals, settings.dedupe
+    disk, size, told = Disk(path), settings.segment_bytes, figures.committed
+    try:
+        made = [each for each in (path, *path.parents) if not each.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        for each in made:  # a power loss must not take the directory with what is in it
+            Disk(each.parent).sync_directory()
+        signal_log = SignalLog(disk, window=window, segment_bytes=size, committed=told)
+        signal_log.start()
+    except OSError as error:
+        locked = isinstance(error, BlockingIOError)
+        reason = "another server is using it" if locked else error.strerror
+        raise OperatorError(f"cannot open the log in {path}: {reason}") from None
+    figures.received.update(signal_log.last_received)
+    receiver = Receiver(settings, listener, instances, signal_log, figures)
     receiver.tls, receiver.activated = tls, "live" in given
     return receiver, [receiver, Console(receiver, console)] if console else [receiver]
 
@@ -1934,16 +1916,12 @@ def start_servers(receiver: Receiver, servers: Sequence[Server]) -> None:
 
 
 def say_keys(instances: Mapping[bytes, Instance]) -> None:
-    """So that they can be compared with an unknown public key, of which the same is logged."""
-    for key, instance in instances.items():
+    for key, instance in instances.items():  # the line for an unknown public key has the same
         log.info("public key of %s: SHA-256 %s...", instance.name, fingerprint(key))
 
 
 def serve(settings: Settings) -> NoReturn:
     """Receive signals until SIGTERM or SIGINT."""
-    with contextlib.suppress(AttributeError, OSError, MemoryError):
-        # M_MMAP_THRESHOLD of mallopt(3): what many stalled bodies took is given back afterwards.
-        ctypes.CDLL(None).mallopt(-3, 65536)
     hangup, ends = {signal.SIGHUP}, {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, hangup)
     for each in ends:  # a start can take long, but is not waited for
@@ -1969,21 +1947,22 @@ def keep_house(receiver: Receiver, servers: Sequence[Server]) -> NoReturn:
     It takes all locks but the disk's: should one be held for good, there are no more pings.
     """
     settings, signal_log = receiver.settings, receiver.signal_log
-    watchdog = number_in("WATCHDOG_USEC") / 1e6 or NEVER
+    watchdog = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 or NEVER
+    pause = min(SWEEP_SECONDS, settings.timeout / 5, settings.keepalive / 5, watchdog / 4)
     while True:
         for server in servers:
             server.sweep()
-        if signal_log.is_due():
+        if signal_log.failure or signal_log.is_due():
             signal_log.untended.set()
-        trouble, not_reloaded = signal_log.trouble, receiver.not_reloaded
+        trouble = signal_log.trouble
         state = f"CANNOT STORE SIGNALS ({trouble})" if trouble else "storing signals"
-        state += f"; NOT RELOADED ({not_reloaded})" if not_reloaded else ""
         if not receiver.stopping:
-            notify(f"STATUS={state}: {receiver.figures.summary()}")
+            notify(f"STATUS={state}{receiver.not_reloaded}: {receiver.figures.summary()}")
         with signal_log.turn:
-            if watchdog != NEVER and not receiver.threadless:
-                notify("WATCHDOG=1")
-        time.sleep(min(SWEEP_SECONDS, settings.timeout / 5, settings.keepalive / 5, watchdog / 4))
+            alive = not receiver.threadless
+        if watchdog != NEVER and alive:
+            notify("WATCHDOG=1")
+        time.sleep(pause)
 
 
 def reload(receiver: Receiver) -> None:
@@ -1995,7 +1974,7 @@ def reload(receiver: Receiver) -> None:
         log.info("reloaded: receiving for %s", ", ".join(names_of(instances)))
         say_keys(instances)
     except OperatorError as error:
-        receiver.not_reloaded = str(error)
+        receiver.not_reloaded = f"; NOT RELOADED ({error})"
         log.error("not reloaded, the old keys and certificates stay in force: %s", error)
     notify("READY=1")
 
@@ -2138,7 +2117,8 @@ def demo(*, console: bool) -> int:
         payload = make_signal(kind)
         if api.send(kind + ", encrypted" * encrypted, pair, payload, encrypted=encrypted):
             acknowledged.append(signal_id(payload).hex())
-    lines = (signals / CURRENT).read_text().splitlines()
+    segments = sorted(signals.glob("*.jsonl"))  # more than one, should midnight have come
+    lines = "".join(each.read_text() for each in segments).splitlines()
     stored = Counter(json.loads(line)["id"] for line in lines)
     missing = sum(stored[each] != 1 for each in acknowledged)
     print(f"\nthe last of {len(lines)} stored lines:\n", *lines[-3:], sep="\n  ")
@@ -2202,7 +2182,7 @@ def main() -> int:
         log.error("%s", error)
         return 2
     except KeyboardInterrupt:
-        return 130
+        return 1
     except BrokenPipeError:  # check | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1

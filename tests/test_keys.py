@@ -232,6 +232,10 @@ def test_any_other_file_is_passed_over_with_a_warning_that_names_it(
     assert receiver.verify(pair).status == 200
     for name in [*strays, "ro.public"]:
         receiver.wait_for_log(re.escape(name), 5)
+    (tmp_path / "keys" / os.fsdecode(b"not-utf-8-\xff.txt")).write_bytes(b"words")
+    receiver.signal(signal.SIGHUP)
+    receiver.wait_for_log("not-utf-8", 5)
+    assert receiver.verify(pair).status == 200
 
 
 def test_hidden_files_readmes_and_other_directories_are_passed_over_silently(

@@ -7,6 +7,7 @@ import json
 import signal
 import socket
 import ssl
+import struct
 import threading
 import time
 import warnings
@@ -46,6 +47,19 @@ def test_verify_and_signals_work_over_tls_with_the_given_certificate(
         connection.request("POST", "/live", payload, pair.headers(payload))
         assert json.loads(connection.getresponse().read()) == ACCEPTED
     assert secure.ids() == [payload_id(payload)]
+
+
+def test_a_client_that_is_gone_before_its_handshake_ends_nothing_but_its_connection(
+    secure: Receiver, certificate: Certificate, pair: Pair
+) -> None:
+    for _ in range(200):  # its end comes before its reset: the socket cannot be wrapped any more
+        with socket.create_connection(("127.0.0.1", secure.port)) as gone:
+            gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            gone.shutdown(socket.SHUT_WR)
+    with Wire(secure.port, 5, certificate.context()) as wire:
+        wire.send(post_bytes(pair, signal_payload()))
+        assert wire.answer().json == ACCEPTED
+    assert secure.process.poll() is None
 
 
 def test_pipelined_requests_in_one_tls_record_are_all_answered(
