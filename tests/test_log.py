@@ -284,6 +284,7 @@ def test_a_segment_closes_as_soon_as_it_has_reached_its_size(
     began = time.time()
     for payload in payloads:
         assert receiver.post(pair, payload).json == ACCEPTED
+        assert receiver.current.stat().st_size < 2000
     longest = max(map(len, receiver.raw().splitlines(keepends=True)))
     assert len(receiver.closed_segments()) >= 5
     for path in receiver.closed_segments():
@@ -298,11 +299,13 @@ def test_a_segment_closes_as_soon_as_it_has_reached_its_size(
 def test_a_segment_of_yesterday_closes_without_traffic_when(
     start: Callable[..., Receiver], tmp_path: Path, pair: Pair, way: str
 ) -> None:
-    clock = FakeClock(tmp_path / "clock", to_midnight(12 * HOUR))
+    clock = FakeClock(tmp_path / "clock", to_midnight(36 * HOUR))
     receiver = start(env=clock.env)
+    clock.turn(to_midnight(12 * HOUR))
     payload = signal_payload()
     assert receiver.post(pair, payload).json == ACCEPTED
     (old,) = receiver.lines()
+    assert receiver.closed_segments() == [], "it was of no day while it was empty"
     clock.turn(to_midnight(1 if "comes" in way else -12 * HOUR))
     (closed,) = eventually(receiver.closed_segments, seconds=10)
     now = datetime.datetime.fromtimestamp(closed_at(closed), UTC)

@@ -99,6 +99,8 @@ class PaperDisk(liveapi_server.Disk):
     def open(self, name: str) -> int:
         self.before("open")
         if name not in self.seen:
+            left = [old for old, *_ in self.unsynced]
+            assert name not in left, f"{name} is used again before its new name is on disk"
             inode = next(self.numbers)
             self.inodes[inode] = Inode(changed=self.now())
             self._rename("", name, inode)

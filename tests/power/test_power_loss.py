@@ -180,7 +180,7 @@ def test_a_power_loss_while_the_recovery_fails_too_loses_and_doubles_nothing(
     tried, failed = 0, 0
     for at in range(1, 5):
         fault = FailAt(first, at)
-        then = FailAt(second, 1, 1)
+        then = FailAt(second, 1, 3)
 
         def both(kind: str, fault: FailAt = fault, then: FailAt = then) -> None:
             fault(kind)
