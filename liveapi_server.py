@@ -1179,7 +1179,7 @@ class StrictHandler(BaseHTTPRequestHandler):
         super().setup()
         self.address = str(self.client_address[0]) if self.client_address else ""
         self.owed = threading.Lock()  # held while the signal log has yet to tell of a signal
-        self.idle(self.server.settings.timeout)
+        self.wait("idle", self.server.settings.timeout)
         with self.server.room:
             self.server.connections.setdefault(self.address, set()).add(self)
 
@@ -1188,12 +1188,8 @@ class StrictHandler(BaseHTTPRequestHandler):
 
         The housekeeper may see the one without the other: it shuts what is late all the same.
         """
-        self.state = state
-        self.deadline = time.monotonic() + seconds
-
-    def idle(self, seconds: float) -> None:
-        self.wait("idle", seconds)
-        self.since = self.deadline - seconds  # 0: is slow to take an answer
+        self.state, self.since = state, time.monotonic()
+        self.deadline = self.since + seconds
 
     def shut(self, how: int) -> None:
         """Shut the socket under the handler's hands; an SSLSocket's own shutdown() forgets TLS."""
@@ -1211,7 +1207,7 @@ class StrictHandler(BaseHTTPRequestHandler):
     def handle(self) -> None:
         if isinstance(self.request, ssl.SSLSocket):
             self.request.do_handshake()
-            self.idle(self.server.settings.timeout)
+            self.wait("idle", self.server.settings.timeout)
         super().handle()
 
     def handle_one_request(self) -> None:
@@ -1222,7 +1218,6 @@ class StrictHandler(BaseHTTPRequestHandler):
         if not first or self.closing:
             return
         self.wait("request", self.server.settings.timeout)
-        self.since = time.monotonic()
         self.head = self.instance = None
         try:
             line = first
@@ -1284,10 +1279,10 @@ class StrictHandler(BaseHTTPRequestHandler):
         self.answer(refusal.answer)
 
     def answer(self, answer: Answer) -> None:
-        self.since = 0.0
         self.wait("answer", self.server.settings.timeout)
+        self.since = 0.0  # who is slow to take it is the first to make room
         self.wfile.write(self.render(answer))
-        self.idle(self.server.settings.keepalive)
+        self.wait("idle", self.server.settings.keepalive)
 
     def render(self, answer: Answer) -> bytes:
         """An answer's bytes; at a stop the connection ends with them."""
@@ -1322,8 +1317,8 @@ class StrictHandler(BaseHTTPRequestHandler):
         receive = functools.partial(socket.socket.recv, self.request, DISCARD_BYTES)
         if self.head and self.head.close and not receive(socket.MSG_DONTWAIT):
             return  # it has said all, and gone; BlockingIOError: it has said all
-        self.since = 0.0
         self.wait("linger", LINGER_SECONDS)
+        self.since = 0.0
         if not self.late:  # else the kernel resets it at the client's next byte
             self.shut(socket.SHUT_WR)
         while receive() or (self.late and time.monotonic() < self.deadline):
@@ -1392,7 +1387,7 @@ class SignalHandler(StrictHandler):
                 taken = 0
             if taken < len(data):
                 self.shut(socket.SHUT_RDWR)
-            self.idle(self.server.settings.keepalive)
+            self.wait("idle", self.server.settings.keepalive)
         self.owed.release()
 
     def find_instance(self, *, asked: bool) -> Instance:
@@ -1628,7 +1623,6 @@ class ConsoleHandler(StrictHandler):
             events.write(b"retry: 1000\n\n")
             for line in follow(signal_log):
                 self.wait("stream", WATCHER_SECONDS)
-                self.since = time.monotonic()
                 if match := LINE.fullmatch(line):
                     events.write(b"id: %b\ndata: %b\n\n" % (match[3], line))
                 elif not line:
@@ -1952,7 +1946,7 @@ def keep_house(receiver: Receiver, servers: Sequence[Server]) -> NoReturn:
     while True:
         for server in servers:
             server.sweep()
-        if signal_log.failure or signal_log.is_due():
+        if signal_log.is_due():
             signal_log.untended.set()
         trouble = signal_log.trouble
         state = f"CANNOT STORE SIGNALS ({trouble})" if trouble else "storing signals"
