@@ -17,7 +17,8 @@ from load import Load, balance
 
 
 def test_kills_at_random_moments_lose_double_and_tear_nothing(tmp_path: Path) -> None:
-    counts = kill_run(tmp_path, 20)
+    made, counts = kill_run(tmp_path, 20)
+    assert made == 20
     print(f"seed {SEED}: {counts}")
     assert counts.stored > 100
     assert counts.cut_off > 0, "no kill hit anything"
