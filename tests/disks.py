@@ -1,8 +1,7 @@
-"""Disks of a test's own: small, full, failing, hanging; and starts on what is left on them."""
+"""Disks of a test's own: small, full, failing, hanging; what is put on them, and what is there."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
@@ -14,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from harness import PROGRAM, Receiver, eventually, payload_id
+from harness import ACCEPTED, PROGRAM, Pair, Receiver, eventually, payload_id
 
 TRACED = re.compile(r"TracerPid:\t[1-9]")
 MEGABYTES = {"tmpfs": 8, "ext4": 64, "xfs": 320}  # the least that mkfs makes, or a little more
@@ -38,16 +37,15 @@ def mounted(where: Path, *arguments: str | Path) -> Iterator[Path]:
 @contextmanager
 def small_file_system(kind: str, where: Path) -> Iterator[Path]:
     """A file system of this kind, mounted at `where`; it is in the file `image` beside it."""
-    size = MEGABYTES[kind]
     if kind == "tmpfs":
-        with mounted(where, "-t", kind, "-o", f"size={size}m", kind):
+        with mounted(where, "-t", kind, "-o", f"size={MEGABYTES[kind]}m", kind):
             yield where
         return
     if shutil.which(f"mkfs.{kind}") is None:
         pytest.skip(f"needs mkfs.{kind} (Debian's e2fsprogs, xfsprogs)")
     image = where.with_name("image")
     with image.open("wb") as file:
-        file.truncate(size << 20)
+        file.truncate(MEGABYTES[kind] << 20)
     subprocess.run([f"mkfs.{kind}", "-q", image], check=True)
     with mounted(where, "-o", "loop", image):
         yield where
@@ -102,12 +100,9 @@ def injected(receiver: Receiver, trace: Path, *faults: str, only: str = "") -> I
             tracer.wait(5)
 
 
-def was_injected(trace: Path, call: str) -> bool:
-    """Whether a call was made to fail; strace may write it a moment after the receiver knows."""
-    told = re.compile(rf"{call}\(.*INJECTED")
-    with contextlib.suppress(AssertionError):
-        return bool(eventually(lambda: told.search(trace.read_text(errors="replace")), seconds=3))
-    return False
+def wait_for_call(trace: Path, pattern: str) -> None:
+    """strace may write a call down a moment after the receiver has made it."""
+    eventually(lambda: re.search(pattern, trace.read_text(errors="replace")), seconds=3)
 
 
 def traced(trace: Path, *options: str) -> tuple[str, ...]:
@@ -132,3 +127,13 @@ def stored_line(payload: bytes, received_at: str = "2031-05-06T12:00:00.000001Z"
     """A whole line of the log, of my-app, as an earlier run left it."""
     head = f'{{"received_at":"{received_at}","instance":"my-app","id":"{payload_id(payload)}"'
     return head.encode() + b',"signal":' + payload + b"}\n"
+
+
+def store(receiver: Receiver, pair: Pair, *payloads: bytes) -> None:
+    """Post signals, one after the other; each must be acknowledged."""
+    for each in payloads:
+        assert receiver.post(pair, each).json == ACCEPTED
+
+
+def ids(*payloads: bytes) -> list[str]:
+    return [payload_id(each) for each in payloads]

@@ -12,7 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,28 +20,23 @@ import pytest
 from disks import (
     fill,
     free_bytes,
+    ids,
     injected,
     mounted,
     refused_start,
     small_file_system,
+    store,
     stored_line,
-    was_injected,
+    wait_for_call,
 )
-from harness import (
-    ACCEPTED,
-    Answer,
-    Pair,
-    Receiver,
-    eventually,
-    payload_id,
-    signal_payload,
-)
+from harness import Answer, Pair, Receiver, eventually, signal_payload
 from load import Load, balance
 from tools import needs_strace
 from wire import Wire, ask, post_bytes, request_bytes
 
 MEGABYTE = 1 << 20
 SEGMENTS = ("current.jsonl", "20310506T120000.000000Z.jsonl")
+GONE = ("a file", "a link to nothing")  # in the place of the directory
 
 
 def status(receiver: Receiver) -> int:
@@ -61,7 +56,7 @@ def recovers(receiver: Receiver) -> None:
 
 def still_serves_what_needs_no_disk(receiver: Receiver, pair: Pair, stored: bytes) -> None:
     assert receiver.verify(pair).status == 200
-    assert receiver.post(pair, stored).json == ACCEPTED
+    store(receiver, pair, stored)
     assert status(receiver) == 503
 
 
@@ -71,10 +66,6 @@ def complaints(receiver: Receiver) -> list[str]:
 
 def no_traceback(receiver: Receiver) -> None:
     assert not [line for line in receiver.log if "Traceback" in line or "defect" in line]
-
-
-def ids(*payloads: bytes) -> list[str]:
-    return [payload_id(each) for each in payloads]
 
 
 @dataclass
@@ -87,9 +78,14 @@ class Kept:
 
     def __post_init__(self) -> None:
         self.payload = signal_payload()
-        assert self.receiver.post(self.pair, self.payload).json == ACCEPTED
+        store(self.receiver, self.pair, self.payload)
         self.bytes = self.receiver.current.read_bytes()
         self.inode = self.receiver.current.stat().st_ino
+
+    def takes_again(self, lost: bytes) -> None:
+        """What was refused is stored when it is sent again, once."""
+        store(self.receiver, self.pair, lost)
+        assert self.receiver.ids() == ids(self.payload, lost)
 
     def has_been_closed_and_left_alone(self) -> None:
         """The way of every recovery: what is acknowledged stays, and a new file takes the rest."""
@@ -143,8 +139,7 @@ def test_on_a_full_disk_it_answers_503_and_recovers_by_itself_when_there_is_spac
     ballast.unlink()
     recovers(receiver)
     receiver.wait_for_log("stored again", 2)
-    for each in [*refused, *payloads]:
-        assert receiver.post(pair, each).json == ACCEPTED
+    store(receiver, pair, *refused, *payloads)
     assert receiver.ids() == ids(kept.payload, *stored, *refused)
     no_traceback(receiver)
 
@@ -191,38 +186,23 @@ def test_a_start_on_a_full_disk_starts_and_says_so_and_stores_when_there_is_spac
             ballast.unlink()
         recovers(receiver)
         assert len(complaints(receiver)) == 1
-        assert receiver.post(pair, lost).json == ACCEPTED
+        store(receiver, pair, lost)
         assert receiver.ids() == ids(kept.payload, lost)
         assert receiver.stop() == 0
 
 
 @needs_strace
-@pytest.mark.parametrize(
-    "reason", ["a file", "no directory", "read-only", "a directory", "a lock", *SEGMENTS]
-)
-def test_a_start_whose_log_cannot_be_opened_for_another_reason_exits_with_status_2(
-    tmp_path: Path, pair: Pair, reason: str
+@pytest.mark.parametrize("segment", SEGMENTS)
+def test_a_start_that_cannot_sync_a_segment_exits_with_status_2(
+    tmp_path: Path, pair: Pair, segment: str
 ) -> None:
     pair.write(tmp_path / "keys")
-    signals = tmp_path / "signals"
-    with ExitStack() as mounts:
-        wrapper: tuple[str, ...] = ()
-        if reason == "a file":
-            signals.touch()
-        elif reason == "no directory":
-            signals.symlink_to("nothing")
-        elif reason == "read-only":
-            mounts.enter_context(mounted(signals, "-t", "tmpfs", "-o", "ro", "tmpfs"))
-        elif reason == "a directory":
-            (signals / "current.jsonl").mkdir(parents=True)
-        elif reason == "a lock":
-            (signals / ".lock").mkdir(parents=True)
-        else:  # this segment cannot be synced
-            signals.mkdir()
-            (signals / reason).write_bytes(stored_line(signal_payload()))
-            fault = ("-P", str(signals / reason), "-e", "inject=fdatasync:error=EIO")
-            wrapper = ("strace", "-f", "-o", "/dev/null", *fault)
-        assert "signals" in refused_start(tmp_path, wrapper=wrapper)
+    path = tmp_path / "signals" / segment
+    path.parent.mkdir()
+    path.write_bytes(stored_line(signal_payload()))
+    fault = ("-P", str(path), "-e", "inject=fdatasync:error=EIO")
+    line = refused_start(tmp_path, wrapper=("strace", "-f", "-o", "/dev/null", *fault))
+    assert "signals" in line
 
 
 # --- A disk that fails -------------------------------------------------------------------------
@@ -239,16 +219,15 @@ def test_after_a_failed_write_or_sync_a_new_segment_takes_what_comes(
     with injected(receiver, tmp_path / "t", f"{call}:error={error}", only=ALL_FILES) as trace:
         assert is_unavailable(receiver.post(pair, lost))
         assert receiver.raw() == kept.bytes
-        assert was_injected(trace, call)
+        wait_for_call(trace, rf"{call}\(.*INJECTED")
         still_serves_what_needs_no_disk(receiver, pair, kept.payload)
         assert is_unavailable(receiver.post(pair, lost))
         time.sleep(1.2)  # it has tried again meanwhile
         assert status(receiver) == 503
         assert len(complaints(receiver)) == 1
     recovers(receiver)
-    assert receiver.post(pair, lost).json == ACCEPTED
+    kept.takes_again(lost)
     kept.has_been_closed_and_left_alone()
-    assert receiver.ids() == ids(kept.payload, lost)
     assert receiver.stop() == 0
     no_traceback(receiver)
 
@@ -287,9 +266,9 @@ def test_a_short_write_is_cut_back_at_once_and_the_next_file_takes_what_is_sent_
     with file_size_limit(receiver, len(kept.bytes) + 50):
         assert is_unavailable(receiver.post(kept.pair, lost))
         assert receiver.raw() == kept.bytes
-        eventually(lambda: receiver.post(kept.pair, lost).json == ACCEPTED, seconds=5)
+        eventually(lambda: receiver.post(kept.pair, lost).status == 200, seconds=5)
     kept.has_been_closed_and_left_alone()
-    assert receiver.ids() == ids(kept.payload, lost)
+    kept.takes_again(lost)
     recovers(receiver)
 
 
@@ -303,8 +282,7 @@ def test_what_no_file_can_hold_is_refused_again_and_again_and_said_once(kept: Ke
         assert status(receiver) == 503
         assert len(complaints(receiver)) == 1
     recovers(receiver)
-    assert receiver.post(kept.pair, large).json == ACCEPTED
-    assert receiver.ids() == ids(kept.payload, large)
+    kept.takes_again(large)
 
 
 @needs_strace
@@ -316,7 +294,7 @@ def test_what_a_short_write_left_is_cut_before_anything_else_is_written(
     with injected(receiver, tmp_path / "t", "ftruncate:error=EIO") as trace:
         with file_size_limit(receiver, len(kept.bytes) + 50):
             assert is_unavailable(receiver.post(kept.pair, lost))
-        assert was_injected(trace, "ftruncate")
+        wait_for_call(trace, r"ftruncate\(.*INJECTED")
         assert receiver.current.stat().st_size == len(kept.bytes) + 50
         time.sleep(1.2)
         assert is_unavailable(receiver.post(kept.pair, lost))  # it cannot be cut yet
@@ -324,8 +302,8 @@ def test_what_a_short_write_left_is_cut_before_anything_else_is_written(
             os.truncate(receiver.current, len(kept.bytes) - 20)
     recovers(receiver)
     assert receiver.raw() == (b"" if stranger else kept.bytes)
-    assert receiver.post(kept.pair, lost).json == ACCEPTED
-    assert receiver.ids() == ids(*(() if stranger else (kept.payload,)), lost)
+    store(receiver, kept.pair, lost)
+    assert receiver.ids() == ids(kept.payload, lost)[stranger:]
 
 
 @needs_strace
@@ -335,16 +313,13 @@ def test_a_closing_that_is_due_and_cannot_rename_leaves_the_segment_open_and_sto
     receiver = start("--segment-bytes", "600")
     payloads = [signal_payload() for _ in range(8)]
     with injected(receiver, tmp_path / "t", "rename,renameat,renameat2:error=EIO") as trace:
-        for each in payloads[:5]:
-            assert receiver.post(pair, each).json == ACCEPTED
-        assert was_injected(trace, r"rename\w*")
+        store(receiver, pair, *payloads[:5])
+        wait_for_call(trace, r"rename\w*\(.*INJECTED")
         assert status(receiver) == 200
-        said = [line for line in receiver.log if "cannot close" in line]
-        assert len(said) == 1
+        assert len([line for line in receiver.log if "cannot close" in line]) == 1
         assert receiver.closed_segments() == []
     eventually(receiver.closed_segments, seconds=5)
-    for each in payloads:
-        assert receiver.post(pair, each).json == ACCEPTED
+    store(receiver, pair, *payloads)
     assert receiver.ids() == ids(*payloads)
     assert receiver.closed_segments()[0].read_bytes().count(b"\n") >= 5
     no_traceback(receiver)
@@ -359,12 +334,11 @@ def test_a_directory_that_cannot_be_synced_at_a_closing_is_503_until_it_can(
     payloads = [signal_payload() for _ in range(4)]
     with injected(receiver, tmp_path / "t", "fsync:error=EIO") as trace:
         answers = [receiver.post(pair, each) for each in payloads]
-        assert was_injected(trace, "fsync")
+        wait_for_call(trace, r"fsync\(.*INJECTED")
         assert is_unavailable(answers[-1])
         still_serves_what_needs_no_disk(receiver, pair, kept.payload)
     recovers(receiver)
-    for each in payloads:
-        assert receiver.post(pair, each).json == ACCEPTED
+    store(receiver, pair, *payloads)
     assert receiver.ids() == ids(kept.payload, *payloads)
     no_traceback(receiver)
 
@@ -391,7 +365,7 @@ def hanging(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
     threading.Thread(target=listen, daemon=True).start()
     with injected(receiver, directory / "t", "fdatasync:delay_enter=90000000") as trace:
         post_and_forget(receiver, pair, signal_payload())
-        eventually(lambda: "fdatasync(" in trace.read_text())
+        wait_for_call(trace, r"fdatasync\(")
         yield kept
         receiver.process.kill()
 
@@ -414,7 +388,7 @@ def test_while_the_disk_hangs_verify_repeats_and_the_console_are_answered(
     receiver = hanging.receiver
     began = time.monotonic()
     assert receiver.verify(hanging.pair).status == 200
-    assert receiver.post(hanging.pair, hanging.payload).json == ACCEPTED
+    store(receiver, hanging.pair, hanging.payload)
     console = int(receiver.wait_for_log("console on").rpartition(":")[2].rstrip("/"))
     for path in ("/", "/status", "/metrics"):
         host = {"host": f"localhost:{console}", "connection": "close"}
@@ -464,16 +438,10 @@ def test_while_the_disk_hangs_no_more_than_64_mib_wait_for_it(hanging: Kept) -> 
     answered = [each for statuses in waiting for each in statuses]
     assert set(answered) == {503}
     assert 6 <= len(answered) <= 8
-    process = Path("/proc", str(hanging.receiver.process.pid), "status")
-    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", process.read_text())
-    print(f"64 MiB wait: {int(peak) / 1024:.0f} MiB at most")
-    assert int(peak) < 400 << 10
 
 
 def test_what_has_been_stored_does_not_wait_any_more(receiver: Receiver, pair: Pair) -> None:
-    for _ in range(66):
-        payload = signal_payload(text="x" * 1_040_000)
-        assert receiver.post(pair, payload).json == ACCEPTED
+    store(receiver, pair, *(signal_payload(text="x" * 1_040_000) for _ in range(66)))
 
 
 @needs_strace
@@ -481,62 +449,52 @@ def test_a_stop_while_the_disk_hangs_takes_less_than_10_seconds(kept: Kept, tmp_
     receiver = kept.receiver
     with injected(receiver, tmp_path / "t", "fdatasync:delay_enter=40000000") as trace:
         answered = post_and_forget(receiver, kept.pair, signal_payload())
-        eventually(lambda: "fdatasync(" in trace.read_text())
+        wait_for_call(trace, r"fdatasync\(")
         receiver.signal(signal.SIGTERM)
         # It has ended; strace holds on to the thread that was made to wait until it lets go.
         process = Path("/proc", str(receiver.process.pid), "stat")
         eventually(lambda: process.read_text().rpartition(")")[2].split()[0] == "Z", seconds=10)
         assert answered == []
     assert receiver.process.wait(5) == 0
-    assert payload_id(kept.payload) in receiver.ids()
+    assert receiver.ids()[:1] == ids(kept.payload)
 
 
 # --- Strangers in the directory ----------------------------------------------------------------
 
 
-WAYS = (
-    "renamed",
-    "removed",
-    "replaced by nothing",
-    "replaced by lines",
-    "replaced by a copy",
-    "cut",
-    "cut to nothing",
-)
+WAYS = ("renamed", "removed", "replaced by nothing", "replaced by lines", "replaced by a copy")
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, "cut", "cut to nothing"])
 def test_a_segment_that_someone_took_away_is_not_written_to_and_one_that_was_cut_gets_no_hole(
     kept: Kept, tmp_path: Path, way: str
 ) -> None:
-    receiver, theirs = kept.receiver, signal_payload()
-    second = signal_payload()
-    assert receiver.post(kept.pair, second).json == ACCEPTED
-    before: tuple[bytes, ...] = ()  # what is in the new segment before anything comes
-    with receiver.current.open("rb") as old:
-        size = os.fstat(old.fileno()).st_size
+    receiver, current = kept.receiver, kept.receiver.current
+    second, theirs, *fresh = (signal_payload() for _ in range(5))
+    store(receiver, kept.pair, second)
+    found: tuple[bytes, ...] = ()  # what is in the new segment before anything comes
+    with current.open("rb") as old:
+        whole = old.read()
         if way == "cut":  # in its second line
-            os.truncate(receiver.current, len(kept.bytes) + 50)
-            before = (kept.payload,)
+            os.truncate(current, len(kept.bytes) + 50)
+            found = (kept.payload,)
         elif way == "cut to nothing":
-            os.truncate(receiver.current, 0)
-        elif way == "removed":
-            receiver.current.unlink()
+            os.truncate(current, 0)
         else:
-            receiver.current.rename(tmp_path / "current.jsonl.1")
-        if way == "replaced by nothing":  # as `create` in logrotate's configuration does
-            receiver.current.touch(0o640)
+            current.rename(tmp_path / "current.jsonl.1")
+        if way == "removed":
+            (tmp_path / "current.jsonl.1").unlink()
+        elif way == "replaced by nothing":  # as `create` in logrotate's configuration does
+            current.touch(0o640)
         elif way == "replaced by lines":
-            receiver.current.write_bytes(stored_line(theirs) + b'{"half')
-            before = (theirs,)
+            current.write_bytes(stored_line(theirs) + b'{"half')
+            found = (theirs,)
         elif way == "replaced by a copy":  # as some editors do
-            receiver.current.write_bytes(old.read())
-            before = (kept.payload, second)
-        fresh = [signal_payload() for _ in range(3)]
-        for each in (kept.payload, *fresh):
-            assert receiver.post(kept.pair, each).json == ACCEPTED
-        assert way.startswith("cut") or os.fstat(old.fileno()).st_size == size
-    assert receiver.ids() == ids(*before, *fresh)
+            current.write_bytes(whole)
+            found = (kept.payload, second)
+        store(receiver, kept.pair, kept.payload, *fresh)
+        assert way.startswith("cut") or os.fstat(old.fileno()).st_size == len(whole)
+    assert receiver.ids() == ids(*found, *fresh)
 
 
 def test_a_segment_renamed_under_load_again_and_again_loses_nothing(
@@ -551,21 +509,16 @@ def test_a_segment_renamed_under_load_again_and_again_loses_nothing(
     no_traceback(receiver)
 
 
-@pytest.mark.parametrize(
-    "name", ["99991399T999999.999999Z", "00001399T999999.999999Z", "99991231T235959.999999Z"]
-)
+@pytest.mark.parametrize("name", ["99991399T999999", "00001399T999999", "99991231T235959"])
 def test_a_file_with_an_impossible_time_in_its_name_does_no_harm(
     start: Callable[..., Receiver], tmp_path: Path, pair: Pair, name: str
 ) -> None:
-    stray = tmp_path / "signals" / f"{name}.jsonl"
+    stray = tmp_path / "signals" / f"{name}.999999Z.jsonl"
     stray.parent.mkdir()
     stray.touch()
     receiver = start("--segment-bytes", "300")
     payloads = [signal_payload() for _ in range(4)]
-    for each in payloads:
-        connection = receiver.connect(timeout=3)
-        assert receiver.post(pair, each, connection=connection).json == ACCEPTED
-        connection.close()
+    store(receiver, pair, *payloads)
     assert sorted(receiver.ids()) == sorted(ids(*payloads))
     assert stray.stat().st_size == 0
     no_traceback(receiver)
@@ -574,13 +527,13 @@ def test_a_file_with_an_impossible_time_in_its_name_does_no_harm(
 # --- The directory -----------------------------------------------------------------------------
 
 
-OBSTACLES = ("nothing may change", "read-only", "a directory", "a named pipe", "no directory")
+OBSTACLES = ("nothing may change", "read-only", "a directory", "a named pipe", "a lock", *GONE)
 
 
 @contextmanager
 def obstacle(kind: str, signals: Path) -> Iterator[None]:
     """No segment can be opened, and there is none."""
-    current = signals / "current.jsonl"
+    current, aside = signals / "current.jsonl", signals.with_name("aside")
     current.rename(signals / SEGMENTS[1])
     if kind == "nothing may change":
         subprocess.run(["chattr", "+i", signals], check=True)
@@ -589,18 +542,24 @@ def obstacle(kind: str, signals: Path) -> Iterator[None]:
     elif kind == "read-only":
         with mounted(signals, "-t", "tmpfs", "-o", "ro", "tmpfs"):
             yield
-    elif kind == "no directory":
-        shutil.rmtree(signals)
+    elif kind in GONE:
+        signals.rename(aside)
+        signals.touch() if kind == "a file" else signals.symlink_to("nothing")
         yield
-        signals.mkdir()
+        signals.unlink()
+        aside.rename(signals)
     else:
-        current.mkdir() if kind == "a directory" else os.mkfifo(current)
+        inside = signals / ".lock" if kind == "a lock" else current
+        inside.unlink(missing_ok=True)
+        os.mkfifo(inside) if kind == "a named pipe" else inside.mkdir()
         yield
-        current.rename(signals / "aside")
+        inside.rename(aside)
 
 
 @pytest.mark.parametrize("kind", OBSTACLES)
-def test_where_no_segment_can_be_opened_it_answers_503_until_one_can(kept: Kept, kind: str) -> None:
+def test_where_no_segment_can_be_opened_a_start_is_refused_and_signals_get_503_until_one_can(
+    kept: Kept, kind: str
+) -> None:
     if kind == "nothing may change" and (os.geteuid() or not shutil.which("chattr")):
         pytest.skip("needs root and chattr (Debian's e2fsprogs)")
     receiver, lost = kept.receiver, signal_payload()
@@ -608,9 +567,11 @@ def test_where_no_segment_can_be_opened_it_answers_503_until_one_can(kept: Kept,
         assert is_unavailable(receiver.post(kept.pair, lost))
         still_serves_what_needs_no_disk(receiver, kept.pair, kept.payload)
     recovers(receiver)
-    assert receiver.post(kept.pair, lost).json == ACCEPTED
-    assert receiver.ids() == ids(*([] if kind == "no directory" else [kept.payload]), lost)
+    kept.takes_again(lost)
     no_traceback(receiver)
+    assert receiver.stop() == 0
+    with obstacle(kind, receiver.signals):
+        assert "signals" in refused_start(receiver.directory)
 
 
 def test_a_directory_put_in_the_old_ones_place_is_used_from_the_next_signal_on_and_locked(
@@ -620,7 +581,7 @@ def test_a_directory_put_in_the_old_ones_place_is_used_from_the_next_signal_on_a
     aside = receiver.directory / "aside"
     receiver.signals.rename(aside)
     receiver.signals.mkdir()
-    assert receiver.post(kept.pair, fresh).json == ACCEPTED
+    store(receiver, kept.pair, fresh)
     assert receiver.ids() == ids(fresh)
     assert (aside / "current.jsonl").read_bytes() == kept.bytes
     refused_start(receiver.directory)
