@@ -12,7 +12,8 @@ import errno
 import hashlib
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from liveapi_server import SignalLog
 liveapi_server.TRIAL_SECONDS = 0.0  # on paper the next try is as good at once
 CURRENT = "current.jsonl"
 PLENTY = 1 << 40  # bytes that are free
+NUMBERS = itertools.count(1)  # of inodes and descriptors
 LINE = re.compile(
     rb'\{"received_at":"[^"]{27}","instance":"([^"]+)","id":"([0-9a-f]{32})","signal":(.*)\}'
 )
@@ -36,7 +38,7 @@ class PowerLossError(BaseException):
     """Not an Exception: nothing in the program may catch it and go on."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Inode:
     """A file: what programs see, what is safe, and what has been done to it since its last sync."""
 
@@ -46,22 +48,51 @@ class Inode:
     changed: float = 0.0
     failed: bool = False  # an append or a sync has failed
     doubtful: bool = False  # a sync of bytes that are still there has failed
+    number: int = field(default_factory=NUMBERS.__next__)
+
+    def settle(self) -> None:
+        """What was done has reached the platter."""
+        self.safe, self.unsynced = after(self.safe, *self.unsynced), []
+
+    def after_power_loss(self) -> list[bytes]:
+        """All that may be left of it, the least first."""
+        found = [self.safe]
+        for each in self.unsynced:
+            whole = found[-1]
+            if isinstance(each, bytes):
+                newline = each.find(b"\n") + 1
+                places = {1, len(each) // 2, newline - 1, newline, newline + 1, len(each) - 1}
+                found += [whole + each[:at] for at in sorted(places) if 0 < at < len(each)]
+            found.append(after(whole, each))
+        return found
 
 
-def after(safe: bytes, done: list[bytes | int]) -> bytes:
+def after(data: bytes, *done: bytes | int) -> bytes:
     for each in done:
-        safe = safe + each if isinstance(each, bytes) else safe[:each].ljust(each, b"\0")
-    return safe
+        data = data + each if isinstance(each, bytes) else data[:each].ljust(each, b"\0")
+    return data
+
+
+Names = dict[str, Inode]
+Move = tuple[str, str | None, Inode]  # old name, new name
+
+
+def moved(names: Names, *moves: Move) -> Names:
+    names = dict(names)
+    for old, new, inode in moves:
+        names.pop(old, None)
+        if new is not None:
+            names[new] = inode
+    return names
 
 
 class PaperDisk(liveapi_server.Disk):
     """Files, one directory, and the order in which they reach the platter.
 
-    `before` is called with the name of each call, ahead of it; it may raise OSError, for a disk
-    that fails, or PowerLossError. After an append that fails `short` of its bytes are in the file.
-    `drops_pages`: a sync that fails loses what it should have written, though programs see it
-    still, and a later sync succeeds; else the bytes have reached the disk all the same.
-    `moment` is called after each call that changes something.
+    `fails` is asked ahead of each call, by its name; it may raise PowerLossError. After an append
+    that fails `short` of its bytes are in the file. `drops_pages`: a sync that fails loses what it
+    should have written, though programs see it still, and a later sync succeeds; else the bytes
+    have reached the disk all the same. `moment` is called after each call that changes something.
 
     It sees to it that after an error nothing more goes into that file, that a failed sync is not
     tried again on the same bytes, and that no file is written over.
@@ -69,19 +100,15 @@ class PaperDisk(liveapi_server.Disk):
 
     lock = 0  # always held
 
-    def __init__(self) -> None:
-        self.inodes: dict[int, Inode] = {}
-        self.seen: dict[str, int] = {}
-        self.safe: dict[str, int] = {}
-        self.unsynced: list[tuple[str, str | None, int]] = []  # old name, new name, inode
-        self.files: dict[int, int] = {}
-        self.numbers = itertools.count(1)
-        self.before: Callable[[str], None] = lambda _: None
+    def __init__(self, now: Callable[[], float] | None = None) -> None:
+        self.seen: Names = {}
+        self.safe: Names = {}
+        self.unsynced: list[Move] = []
+        self.files: dict[int, Inode] = {}  # by descriptor
+        self.fails: Callable[[str], bool] = lambda _: False
         self.moment: Callable[[str], None] = lambda _: None
-        self.now: Callable[[], float] = Clock()
-        self.short = 0
-        self.drops_pages = True
-        self.room = PLENTY
+        self.now = now or Clock()
+        self.short, self.drops_pages, self.room = 0, True, PLENTY
 
     # What the program calls
 
@@ -92,38 +119,35 @@ class PaperDisk(liveapi_server.Disk):
         return list(self.seen)
 
     def open_to_read(self, name: str) -> int:
-        fd = next(self.numbers)
-        self.files[fd] = self._number(name)
+        fd = next(NUMBERS)
+        self.files[fd] = self._named(name)
         return fd
 
     def open(self, name: str) -> int:
-        self.before("open")
+        self._begin("open")
         if name not in self.seen:
             left = [old for old, *_ in self.unsynced]
             assert name not in left, f"{name} is used again before its new name is on disk"
-            inode = next(self.numbers)
-            self.inodes[inode] = Inode(changed=self.now())
-            self._rename("", name, inode)
+            self._move("", name, Inode(changed=self.now()))
         self.moment("open")
         return self.open_to_read(name)
 
     def stat(self, file: str | int) -> Any:
-        number = self._number(file) if isinstance(file, str) else self.files[file]
-        inode = self.inodes[number]
+        inode = self._named(file) if isinstance(file, str) else self.files[file]
         size = len(inode.seen)
-        return SimpleNamespace(st_dev=1, st_ino=number, st_size=size, st_mtime=inode.changed)
+        return SimpleNamespace(st_dev=1, st_ino=inode.number, st_size=size, st_mtime=inode.changed)
 
     def free(self, fd: int) -> int:
         return self.room
 
     def read(self, fd: int, length: int, offset: int) -> bytes:
-        return self._inode(fd).seen[offset : offset + length]
+        return self.files[fd].seen[offset : offset + length]
 
     def append(self, fd: int, data: bytes) -> None:
-        inode = self._inode(fd)
+        inode = self.files[fd]
         assert not inode.failed, "after an error more goes into the file"
         try:
-            self.before("append")
+            self._begin("append")
         except OSError:
             self.change(inode, data[: self.short])
             inode.failed = True
@@ -132,17 +156,16 @@ class PaperDisk(liveapi_server.Disk):
         self.moment("append")
 
     def cut(self, fd: int, size: int) -> None:
-        self.before("cut")
-        inode = self._inode(fd)
-        assert size <= len(inode.seen), "a file is made longer"
-        self.change(inode, size)
+        self._begin("cut")
+        assert size <= len(self.files[fd].seen), "a file is made longer"
+        self.change(self.files[fd], size)
         self.moment("cut")
 
     def sync(self, fd: int) -> None:
-        inode = self._inode(fd)
+        inode = self.files[fd]
         assert not inode.doubtful, "a failed sync is tried again on the same bytes"
         try:
-            self.before("sync")
+            self._begin("sync")
         except OSError:
             inode.failed = True
             inode.doubtful = len(inode.seen) > len(inode.safe)
@@ -150,110 +173,88 @@ class PaperDisk(liveapi_server.Disk):
                 lost = [bytes(len(x)) if isinstance(x, bytes) else x for x in inode.unsynced]
                 inode.unsynced = lost
             else:
-                inode.safe, inode.unsynced = after(inode.safe, inode.unsynced), []
+                inode.settle()
+            self.moment("a sync that fails")
             raise
-        inode.safe, inode.unsynced = after(inode.safe, inode.unsynced), []
+        inode.settle()
         self.moment("sync")
 
     def forget(self, fd: int) -> None:
-        inode = self._inode(fd)
-        inode.seen = after(inode.safe, inode.unsynced)
+        inode = self.files[fd]
+        inode.seen = after(inode.safe, *inode.unsynced)
         if inode.seen:  # what a file holds that was found is known again, by reading it
             inode.failed = False
 
     def sync_directory(self) -> None:
-        self.before("sync_directory")
-        self.safe, self.unsynced = self.names_after(len(self.unsynced)), []
+        self._begin("sync_directory")
+        self.safe, self.unsynced = dict(self.seen), []
         self.moment("sync_directory")
 
     def rename(self, old: str, new: str) -> None:
-        self.before("rename")
+        self._begin("rename")
         assert new not in self.seen, f"{new} would be overwritten"
-        self._rename(old, new, self._number(old))
+        self._move(old, new, self._named(old))
         self.moment("rename")
 
     def remove(self, name: str) -> None:
-        self.before("remove")
-        self._rename(name, None, self._number(name))
+        self._begin("remove")
+        self._move(name, None, self._named(name))
         self.moment("remove")
 
     def close(self, fd: int) -> None:
         del self.files[fd]
 
     def try_write(self, size: int) -> None:
-        self.before("append")
-        self.before("sync")
+        self._begin("append")
+        self._begin("sync")
 
     # How it is kept
 
-    def _number(self, name: str) -> int:
+    def _begin(self, call: str) -> None:
+        if self.fails(call):
+            raise OSError(errno.EIO, "Input/output error")
+
+    def _named(self, name: str) -> Inode:
         if name not in self.seen:
             raise FileNotFoundError(errno.ENOENT, "No such file", name)
         return self.seen[name]
 
-    def _inode(self, fd: int) -> Inode:
-        return self.inodes[self.files[fd]]
+    def _move(self, old: str, new: str | None, inode: Inode) -> None:
+        self.unsynced.append((old, new, inode))
+        self.seen = moved(self.seen, self.unsynced[-1])
 
     def change(self, inode: Inode, what: bytes | int) -> None:
         """Append bytes, or cut to a length."""
-        inode.seen = after(inode.seen, [what])
+        inode.seen = after(inode.seen, what)
         inode.unsynced.append(what)
         inode.changed = self.now()
         if len(inode.seen) <= len(inode.safe):
             inode.doubtful = False
 
-    def _rename(self, old: str, new: str | None, inode: int) -> None:
-        self.unsynced.append((old, new, inode))
-        self.seen = moved(self.seen, self.unsynced[-1:])
-
-    def names_after(self, moves: int) -> dict[str, int]:
-        return moved(self.safe, self.unsynced[:moves])
-
     # What happens to the machine
 
     def crashed(self) -> PaperDisk:
         """The program was killed: the kernel has all of it, and none of it is safer for that."""
-        left = PaperDisk()
-        left.inodes, left.seen = copy.deepcopy(self.inodes), dict(self.seen)
-        for inode in left.inodes.values():
+        left = PaperDisk(self.now)
+        kept = copy.deepcopy((self.seen, self.safe, self.unsynced))
+        left.seen, left.safe, left.unsynced = kept
+        for inode in left.seen.values():
             inode.failed = inode.doubtful = False  # the next program cannot know
-        left.safe, left.unsynced = dict(self.safe), list(self.unsynced)
-        left.now, left.numbers = self.now, itertools.count(next(self.numbers))
         return left
 
-    def after_power_loss(
-        self, moves: int = 0, kept: dict[int, tuple[int, int]] | None = None
-    ) -> PaperDisk:
-        """`moves` changes of the directory are left; of a file's, (changes, bytes of the next)."""
-        left = PaperDisk()
-        left.safe = self.names_after(moves)
-        left.seen = dict(left.safe)
-        for number in left.safe.values():
-            inode = self.inodes[number]
-            whole, part = (kept or {}).get(number, (0, 0))
-            done = inode.unsynced[:whole]
-            if part:
-                torn = inode.unsynced[whole]
-                assert isinstance(torn, bytes)
-                done = [*done, torn[:part]]
-            data = after(inode.safe, done)
-            left.inodes[number] = Inode(seen=data, safe=data, changed=inode.changed)
-        left.now, left.numbers = self.now, itertools.count(next(self.numbers))
+    def after_power_loss(self, moves: int = 0, kept: dict[Inode, bytes] | None = None) -> PaperDisk:
+        """`moves` changes of the directory are left, and of files what is `kept`, or safe."""
+        left = PaperDisk(self.now)
+        for name, inode in moved(self.safe, *self.unsynced[:moves]).items():
+            data = (kept or {}).get(inode, inode.safe)
+            left.seen[name] = Inode(data, data, changed=inode.changed)
+        left.safe = dict(left.seen)
         return left
 
-    def choices(self) -> tuple[int, dict[int, list[tuple[int, int]]]]:
+    def choices(self) -> tuple[int, dict[Inode, list[bytes]]]:
         """How many changes of the directory can be lost, and what may be left of each file."""
-        files: dict[int, list[tuple[int, int]]] = {}
-        for number, inode in self.inodes.items():
-            found = [(whole, 0) for whole in range(len(inode.unsynced) + 1)]
-            for index, each in enumerate(inode.unsynced):
-                if isinstance(each, bytes) and len(each) > 1:
-                    newline = each.find(b"\n") + 1
-                    places = {1, len(each) // 2, newline - 1, newline, newline + 1, len(each) - 1}
-                    found += [(index, place) for place in places if 0 < place < len(each)]
-            if inode.unsynced:
-                files[number] = found
-        return len(self.unsynced), files
+        there = [*self.safe.values(), *(inode for *_, inode in self.unsynced)]
+        return len(self.unsynced), {i: i.after_power_loss() for i in there if i.unsynced}
 
     def every_power_loss(self) -> Iterator[PaperDisk]:
         moves, files = self.choices()
@@ -261,31 +262,17 @@ class PaperDisk(liveapi_server.Disk):
             for kept in itertools.product(*files.values()):
                 yield self.after_power_loss(left, dict(zip(files, kept, strict=True)))
 
-    # What a reader finds
-
     def segments(self) -> list[str]:
         return [name for name in self.seen if name.endswith(".jsonl")]
 
-    def text(self, name: str) -> bytes:
-        return self.inodes[self.seen[name]].seen
 
-    def lines(self) -> list[bytes]:
-        """The log's lines; it is an error if one is torn."""
-        found: list[bytes] = []
-        for name in self.segments():
-            *whole, rest = self.text(name).split(b"\n")
-            assert rest == b"", f"a torn line in {name}: {rest[:80]!r}"
-            found += whole
-        return found
+# What a reader finds
 
 
-def moved(names: dict[str, int], moves: list[tuple[str, str | None, int]]) -> dict[str, int]:
-    names = dict(names)
-    for old, new, inode in moves:
-        names.pop(old, None)
-        if new is not None:
-            names[new] = inode
-    return names
+def whole_lines(text: bytes) -> list[bytes]:
+    *whole, rest = text.split(b"\n")
+    assert rest == b"", f"a torn line: {rest[:80]!r}"
+    return whole
 
 
 def stored(line: bytes) -> Message:
@@ -294,6 +281,19 @@ def stored(line: bytes) -> Message:
     assert found, f"a damaged line: {line[:80]!r}"
     assert hashlib.sha256(found[3]).hexdigest()[:32] == found[2].decode()
     return found[1].decode(), found[3]
+
+
+def check(
+    lines: Iterable[bytes],
+    sent: set[Message],
+    acknowledged: set[Message],
+    taken: Collection[Message] = (),
+) -> None:
+    """What is always so of a log's lines, but for what a stranger has taken away."""
+    found = Counter(map(stored, lines))
+    assert not found.keys() - sent, "never sent"
+    assert not {each for each, times in found.items() if times > 1}.difference(taken), "doubled"
+    assert not (acknowledged - found.keys()).difference(taken), "acknowledged, and lost"
 
 
 class Clock:
@@ -313,40 +313,38 @@ class Clock:
 
 @dataclass
 class Sender:
-    """The Live API's side of a log that runs in this process."""
+    """The Live API's side of a log that runs in this process, and is started again and again."""
 
-    log: SignalLog
+    segment_bytes: int = 600
     sent: set[Message] = field(default_factory=set)
     acknowledged: set[Message] = field(default_factory=set)
 
-    def send(self, messages: list[Message]) -> None:
-        """Send signals that are stored in one batch."""
+    def start(self, disk: PaperDisk) -> None:
+        self.log = SignalLog(
+            disk, window=10_000, segment_bytes=self.segment_bytes, committed=lambda *_: None
+        )
+        self.log.clock = disk.now
+        self.log.start()
+
+    def send(self, messages: list[Message]) -> set[Message]:
+        """Send signals that are stored in one batch; those that were acknowledged."""
+        self.sent.update(messages)
+        self.answered = set[Message]()
         for message in messages:
-            self.sent.add(message)
             instance, payload = message
             identity = hashlib.sha256(payload).digest()[:16]
             line = liveapi_server.signal_line(instance, identity, payload)
             waiter = SimpleNamespace(answered=lambda stored, m=message: self.note(m, stored))
             self.note(message, self.log.offer(instance, identity, line, waiter))
         self.log.commit()
+        return self.answered
 
     def note(self, message: Message, stored: bool | None) -> None:
         if stored:
+            self.answered.add(message)
             self.acknowledged.add(message)
-
-
-def begin(disk: PaperDisk, segment_bytes: int = 600, window: int = 10_000) -> Sender:
-    log = SignalLog(disk, window=window, segment_bytes=segment_bytes, committed=lambda *_: None)
-    log.clock = disk.now
-    log.start()
-    return Sender(log)
 
 
 def signals(count: int) -> list[Message]:
     """Of two instances in turn."""
     return [(("one", "two")[number % 2], signal_payload()) for number in range(count)]
-
-
-def fail_at(call: str, *at: str) -> None:
-    if call in at:
-        raise OSError(errno.EIO, "Input/output error")
