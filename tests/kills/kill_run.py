@@ -43,7 +43,8 @@ def whole_log(receiver: Receiver) -> bytes:
 def kill_run(directory: Path, kills: int, seconds: float = math.inf) -> tuple[int, Counts]:
     """How many kills were made, and what became of the signals.
 
-    The next start is killed as well, before it is through, one time in six.
+    One time in six it is told to end instead, and one time in six the next start is killed as
+    well, before it is through.
     """
     chance, made, deadline = random.Random(SEED), 0, time.monotonic() + seconds
     pairs = tuple(Pair(name) for name in ("one", "two", "three"))
@@ -54,7 +55,10 @@ def kill_run(directory: Path, kills: int, seconds: float = math.inf) -> tuple[in
             while made < kills and time.monotonic() < deadline:
                 load.reach(1)
                 time.sleep(chance.uniform(0, 0.2))
-                receiver.kill()
+                if made % 6 == 2:
+                    assert receiver.stop(within=10) == 0
+                else:
+                    receiver.kill()
                 seen = receiver.raw()
                 made += 1
                 if made % 6 == 0:

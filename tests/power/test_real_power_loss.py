@@ -6,7 +6,6 @@ Run by `pytest` with 4 losses on each file system; with LIVEAPI_FULL=1 it is 90.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import random
 import shutil
@@ -19,9 +18,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from disks import injected, small_file_system
+from disks import injected, small_file_system, store
 from harness import Pair, Receiver, eventually, free_ports, signal_payload
-from load import Load, balance
+from load import Load, balance, count
 
 LOSSES = 90 if os.environ.get("LIVEAPI_FULL") == "1" else 4
 GOING_DOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN, XFS_IOC_GOINGDOWN
@@ -43,6 +42,12 @@ def go_down(file_system: Path) -> None:
     directory = os.open(file_system, os.O_RDONLY)
     fcntl.ioctl(directory, GOING_DOWN, struct.pack("I", NO_LOG_FLUSH))
     os.close(directory)
+
+
+def has_stopped(process: int) -> bool:
+    """Whether each of its threads has."""
+    states = [task.read_text() for task in Path("/proc", str(process), "task").glob("*/stat")]
+    return {state.rpartition(")")[2].split()[0] for state in states} == {"T"}
 
 
 def mount_what_is_left(file_system: Path) -> None:
@@ -67,11 +72,11 @@ def test_a_file_system_that_goes_away_under_it_is_a_503(
 ) -> None:
     receiver = start()
     kept = signal_payload()
-    assert receiver.post(pair, kept).status == 200
+    store(receiver, pair, kept)
     go_down(file_system)
     assert receiver.post(pair, signal_payload()).status == 503
     assert receiver.request("GET", "/status").status == 503
-    assert receiver.post(pair, kept).status == 200
+    store(receiver, pair, kept)
     assert receiver.verify(pair).status == 200
     assert receiver.stop() == 0
 
@@ -92,22 +97,11 @@ def test_a_power_loss_with_and_without_errors_before_it_loses_nothing_that_was_a
                 time.sleep(chance.uniform(0, 0.2))
             # Without power nothing is acknowledged any more. The signal stops one thread first.
             receiver.signal(signal.SIGSTOP)
-            tasks = Path("/proc", str(receiver.process.pid), "task")
-            eventually(lambda tasks=tasks: {state_of(task) for task in tasks.iterdir()} == {"T"})
+            eventually(lambda process=receiver.process: has_stopped(process.pid))
             go_down(file_system)
             receiver.kill()
-            acknowledged = set(load.acknowledged)
             mount_what_is_left(file_system)
-            found = {each for path in file_system.glob("*.jsonl") for each in ids(path)}
-            assert acknowledged <= found, "acknowledged, and lost"
+            assert count(load, file_system).lost == 0, "acknowledged, and lost"
         receiver = start("--segment-bytes", "30000", port=port)
     assert receiver.stop() == 0
     print(f"{LOSSES} power losses, {balance(load, file_system)}")
-
-
-def state_of(task: Path) -> str:
-    return (task / "stat").read_text().rpartition(")")[2].split()[0]
-
-
-def ids(path: Path) -> list[str]:
-    return [json.loads(line)["id"] for line in path.read_bytes().split(b"\n")[:-1]]
