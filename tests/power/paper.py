@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from harness import signal_payload
-
 import liveapi_server
 from liveapi_server import SignalLog
 
@@ -265,6 +263,9 @@ class PaperDisk(liveapi_server.Disk):
     def segments(self) -> list[str]:
         return [name for name in self.seen if name.endswith(".jsonl")]
 
+    def lines(self) -> list[bytes]:
+        return [line for name in self.segments() for line in whole_lines(self.seen[name].seen)]
+
 
 # What a reader finds
 
@@ -343,8 +344,3 @@ class Sender:
         if stored:
             self.answered.add(message)
             self.acknowledged.add(message)
-
-
-def signals(count: int) -> list[Message]:
-    """Of two instances in turn."""
-    return [(("one", "two")[number % 2], signal_payload()) for number in range(count)]
