@@ -36,7 +36,6 @@ from wire import Wire, ask, post_bytes, request_bytes
 
 MEGABYTE = 1 << 20
 SEGMENTS = ("current.jsonl", "20310506T120000.000000Z.jsonl")
-GONE = ("a file", "a link to nothing")  # in the place of the directory
 
 
 def status(receiver: Receiver) -> int:
@@ -103,62 +102,56 @@ def kept(receiver: Receiver, pair: Pair) -> Kept:
 # --- A full disk -------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["tmpfs", "ext4"])
-def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A file system of a few megabytes where the receiver will look for its signals.
-
-    Tests name it before `start`, so that the receiver has ended when it is taken away.
-    """
-    with small_file_system(request.param, tmp_path / "signals") as where:
-        yield where
-
-
+@pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
 def test_on_a_full_disk_it_answers_503_and_recovers_by_itself_when_there_is_space(
-    small_disk: Path, start: Callable[..., Receiver], pair: Pair
+    tmp_path: Path, start: Callable[..., Receiver], pair: Pair, kind: str
 ) -> None:
-    receiver = start()
-    kept = Kept(receiver, pair)
-    ballast = fill(small_disk, leave=MEGABYTE + 100_000)
-    payloads = [signal_payload(text="x" * size) for size in (700_000, *[7001] * 40)]
-    answers = []
-    for each in payloads:
-        answers.append(receiver.post(pair, each))
-        # It is taken for full in time; the file system itself takes something, too.
-        assert free_bytes(small_disk) > MEGABYTE - 10_000
-    stored = [each for each, answer in zip(payloads, answers, strict=True) if answer.status == 200]
-    refused = [each for each in payloads if each not in stored]
-    assert 1 < len(stored) < 40
-    assert payloads[0] in refused
-    assert all(is_unavailable(answer) for answer in answers if answer.status != 200)
-    assert receiver.ids() == ids(kept.payload, *stored)
-    assert receiver.current.stat().st_ino == kept.inode, "nothing had to be cut off"
-    still_serves_what_needs_no_disk(receiver, pair, stored[-1])
-    time.sleep(1.2)  # it has tried again meanwhile
-    assert status(receiver) == 503
-    assert len(complaints(receiver)) == 2, "for the one that is large, and for the rest"
-    ballast.unlink()
-    recovers(receiver)
-    receiver.wait_for_log("stored again", 2)
-    store(receiver, pair, *refused, *payloads)
-    assert receiver.ids() == ids(kept.payload, *stored, *refused)
-    no_traceback(receiver)
+    with small_file_system(kind, tmp_path / "signals") as small_disk:
+        receiver = start()
+        kept = Kept(receiver, pair)
+        ballast = fill(small_disk, leave=MEGABYTE + 100_000)
+        payloads = [signal_payload(text="x" * size) for size in (700_000, *[7001] * 40)]
+        answers = {}
+        for each in payloads:
+            answers[each] = receiver.post(pair, each)
+            # It is taken for full in time; the file system itself takes something, too.
+            assert free_bytes(small_disk) > MEGABYTE - 10_000
+        stored = [each for each in payloads if answers[each].status == 200]
+        refused = [each for each in payloads if each not in stored]
+        assert 1 < len(stored) < 40
+        assert payloads[0] in refused
+        assert all(is_unavailable(answers[each]) for each in refused)
+        assert receiver.ids() == ids(kept.payload, *stored)
+        assert receiver.current.stat().st_ino == kept.inode, "nothing had to be cut off"
+        still_serves_what_needs_no_disk(receiver, pair, stored[-1])
+        time.sleep(1.2)  # it has tried again meanwhile
+        assert status(receiver) == 503
+        assert len(complaints(receiver)) == 2, "for the one that is large, and for the rest"
+        ballast.unlink()
+        recovers(receiver)
+        receiver.wait_for_log("stored again", 2)
+        store(receiver, pair, *refused, *payloads)
+        assert receiver.ids() == ids(kept.payload, *stored, *refused)
+        no_traceback(receiver)
 
 
+@pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
 def test_a_disk_that_fills_up_under_load_loses_and_doubles_nothing(
-    small_disk: Path, start: Callable[..., Receiver], pair: Pair
+    tmp_path: Path, start: Callable[..., Receiver], pair: Pair, kind: str
 ) -> None:
-    receiver = start("--segment-bytes", "50000")
-    with Load((pair,), receiver.port, size=3000) as load:
-        for leave in (MEGABYTE + 100_000, 100_000):
+    with small_file_system(kind, tmp_path / "signals") as small_disk:
+        receiver = start("--segment-bytes", "50000")
+        with Load((pair,), receiver.port, size=3000) as load:
+            for leave in (MEGABYTE + 100_000, 100_000):
+                load.reach(10)
+                ballast = fill(small_disk, leave)
+                eventually(lambda: status(receiver) == 503)
+                time.sleep(0.3)
+                ballast.unlink()
+                recovers(receiver)
             load.reach(10)
-            ballast = fill(small_disk, leave)
-            eventually(lambda: status(receiver) == 503)
-            time.sleep(0.3)
-            ballast.unlink()
-            recovers(receiver)
-        load.reach(10)
-    assert load.answers[503] > 0
-    print(balance(load, receiver.signals))
+        assert load.answers[503] > 0
+        print(balance(load, receiver.signals))
 
 
 @pytest.mark.parametrize("full_of", ["bytes", "files"])
@@ -177,7 +170,7 @@ def test_a_start_on_a_full_disk_starts_and_says_so_and_stores_when_there_is_spac
                 (where / f"ballast{number}").touch()
         if full_of == "bytes":
             fill(where, leave=0)
-        receiver = start()
+        kept.receiver = receiver = start()
         receiver.wait_for_log("cannot store", 2)
         lost = signal_payload()
         assert is_unavailable(receiver.post(pair, lost))
@@ -186,8 +179,7 @@ def test_a_start_on_a_full_disk_starts_and_says_so_and_stores_when_there_is_spac
             ballast.unlink()
         recovers(receiver)
         assert len(complaints(receiver)) == 1
-        store(receiver, pair, lost)
-        assert receiver.ids() == ids(kept.payload, lost)
+        kept.takes_again(lost)
         assert receiver.stop() == 0
 
 
@@ -207,21 +199,62 @@ def test_a_start_that_cannot_sync_a_segment_exits_with_status_2(
 
 # --- A disk that fails -------------------------------------------------------------------------
 
-ALL_FILES = "current.jsonl .trial"
+FAULTS = {
+    "a write fails": ["write:error=ENOSPC"],
+    "a sync fails": ["fdatasync:error=EIO"],
+    "a sync fails, then the directory's": ["fdatasync:error=EIO:when=1", "fsync:error=EIO"],
+}
+NO_DIRECTORY = ("a file for the directory", "a link to nothing for the directory")
+OBSTACLES = ("nothing may change", "read-only", "a directory for the segment", "a named pipe")
+OBSTACLES += ("a directory for the lock", *NO_DIRECTORY)
+
+
+@contextmanager
+def trouble(kind: str, receiver: Receiver) -> Iterator[None]:
+    """Calls fail, or no segment can be opened, and there is none."""
+    signals, current, aside = receiver.signals, receiver.current, receiver.directory / "aside"
+    if kind in FAULTS:
+        only = "current.jsonl .trial ."
+        with injected(receiver, receiver.directory / "t", *FAULTS[kind], only=only) as trace:
+            yield
+            for fault in FAULTS[kind]:
+                wait_for_call(trace, fault.partition(":")[0] + r"\(.*INJECTED")
+        return
+    current.rename(signals / SEGMENTS[1])
+    if kind == "nothing may change":
+        subprocess.run(["chattr", "+i", signals], check=True)
+        yield
+        subprocess.run(["chattr", "-i", signals], check=True)
+    elif kind == "read-only":
+        with mounted(signals, "-t", "tmpfs", "-o", "ro", "tmpfs"):
+            yield
+    elif kind in NO_DIRECTORY:
+        signals.rename(aside)
+        signals.touch() if "a file" in kind else signals.symlink_to("nothing")
+        yield
+        signals.unlink()
+        aside.rename(signals)
+    else:
+        inside = signals / ".lock" if "lock" in kind else current
+        inside.unlink(missing_ok=True)
+        os.mkfifo(inside) if kind == "a named pipe" else inside.mkdir()
+        yield
+        inside.rename(aside)
 
 
 @needs_strace
-@pytest.mark.parametrize(("call", "error"), [("write", "ENOSPC"), ("fdatasync", "EIO")])
-def test_after_a_failed_write_or_sync_a_new_segment_takes_what_comes(
-    kept: Kept, tmp_path: Path, call: str, error: str
+@pytest.mark.parametrize("kind", [*FAULTS, *OBSTACLES])
+def test_while_nothing_can_be_stored_it_says_so_and_serves_the_rest_and_then_a_new_segment_is_used(
+    kept: Kept, kind: str
 ) -> None:
-    receiver, pair, lost = kept.receiver, kept.pair, signal_payload()
-    with injected(receiver, tmp_path / "t", f"{call}:error={error}", only=ALL_FILES) as trace:
-        assert is_unavailable(receiver.post(pair, lost))
-        assert receiver.raw() == kept.bytes
-        wait_for_call(trace, rf"{call}\(.*INJECTED")
-        still_serves_what_needs_no_disk(receiver, pair, kept.payload)
-        assert is_unavailable(receiver.post(pair, lost))
+    if kind == "nothing may change" and (os.geteuid() or not shutil.which("chattr")):
+        pytest.skip("needs root and chattr (Debian's e2fsprogs)")
+    receiver, lost = kept.receiver, signal_payload()
+    with trouble(kind, receiver):
+        assert is_unavailable(receiver.post(kept.pair, lost))
+        assert kind in OBSTACLES or receiver.raw() == kept.bytes
+        still_serves_what_needs_no_disk(receiver, kept.pair, kept.payload)
+        assert is_unavailable(receiver.post(kept.pair, lost))
         time.sleep(1.2)  # it has tried again meanwhile
         assert status(receiver) == 503
         assert len(complaints(receiver)) == 1
@@ -230,6 +263,9 @@ def test_after_a_failed_write_or_sync_a_new_segment_takes_what_comes(
     kept.has_been_closed_and_left_alone()
     assert receiver.stop() == 0
     no_traceback(receiver)
+    if kind in OBSTACLES:
+        with trouble(kind, receiver):
+            assert "signals" in refused_start(receiver.directory)
 
 
 @needs_strace
@@ -286,27 +322,6 @@ def test_what_no_file_can_hold_is_refused_again_and_again_and_said_once(kept: Ke
 
 
 @needs_strace
-@pytest.mark.parametrize("stranger", [False, True], ids=["alone", "someone truncates it"])
-def test_what_a_short_write_left_is_cut_before_anything_else_is_written(
-    kept: Kept, tmp_path: Path, stranger: bool
-) -> None:
-    receiver, lost = kept.receiver, signal_payload()
-    with injected(receiver, tmp_path / "t", "ftruncate:error=EIO") as trace:
-        with file_size_limit(receiver, len(kept.bytes) + 50):
-            assert is_unavailable(receiver.post(kept.pair, lost))
-        wait_for_call(trace, r"ftruncate\(.*INJECTED")
-        assert receiver.current.stat().st_size == len(kept.bytes) + 50
-        time.sleep(1.2)
-        assert is_unavailable(receiver.post(kept.pair, lost))  # it cannot be cut yet
-        if stranger:
-            os.truncate(receiver.current, len(kept.bytes) - 20)
-    recovers(receiver)
-    assert receiver.raw() == (b"" if stranger else kept.bytes)
-    store(receiver, kept.pair, lost)
-    assert receiver.ids() == ids(kept.payload, lost)[stranger:]
-
-
-@needs_strace
 def test_a_closing_that_is_due_and_cannot_rename_leaves_the_segment_open_and_storing(
     start: Callable[..., Receiver], pair: Pair, tmp_path: Path
 ) -> None:
@@ -322,24 +337,6 @@ def test_a_closing_that_is_due_and_cannot_rename_leaves_the_segment_open_and_sto
     store(receiver, pair, *payloads)
     assert receiver.ids() == ids(*payloads)
     assert receiver.closed_segments()[0].read_bytes().count(b"\n") >= 5
-    no_traceback(receiver)
-
-
-@needs_strace
-def test_a_directory_that_cannot_be_synced_at_a_closing_is_503_until_it_can(
-    start: Callable[..., Receiver], pair: Pair, tmp_path: Path
-) -> None:
-    receiver = start("--segment-bytes", "600")
-    kept = Kept(receiver, pair)
-    payloads = [signal_payload() for _ in range(4)]
-    with injected(receiver, tmp_path / "t", "fsync:error=EIO") as trace:
-        answers = [receiver.post(pair, each) for each in payloads]
-        wait_for_call(trace, r"fsync\(.*INJECTED")
-        assert is_unavailable(answers[-1])
-        still_serves_what_needs_no_disk(receiver, pair, kept.payload)
-    recovers(receiver)
-    store(receiver, pair, *payloads)
-    assert receiver.ids() == ids(kept.payload, *payloads)
     no_traceback(receiver)
 
 
@@ -522,56 +519,6 @@ def test_a_file_with_an_impossible_time_in_its_name_does_no_harm(
     assert sorted(receiver.ids()) == sorted(ids(*payloads))
     assert stray.stat().st_size == 0
     no_traceback(receiver)
-
-
-# --- The directory -----------------------------------------------------------------------------
-
-
-OBSTACLES = ("nothing may change", "read-only", "a directory", "a named pipe", "a lock", *GONE)
-
-
-@contextmanager
-def obstacle(kind: str, signals: Path) -> Iterator[None]:
-    """No segment can be opened, and there is none."""
-    current, aside = signals / "current.jsonl", signals.with_name("aside")
-    current.rename(signals / SEGMENTS[1])
-    if kind == "nothing may change":
-        subprocess.run(["chattr", "+i", signals], check=True)
-        yield
-        subprocess.run(["chattr", "-i", signals], check=True)
-    elif kind == "read-only":
-        with mounted(signals, "-t", "tmpfs", "-o", "ro", "tmpfs"):
-            yield
-    elif kind in GONE:
-        signals.rename(aside)
-        signals.touch() if kind == "a file" else signals.symlink_to("nothing")
-        yield
-        signals.unlink()
-        aside.rename(signals)
-    else:
-        inside = signals / ".lock" if kind == "a lock" else current
-        inside.unlink(missing_ok=True)
-        os.mkfifo(inside) if kind == "a named pipe" else inside.mkdir()
-        yield
-        inside.rename(aside)
-
-
-@pytest.mark.parametrize("kind", OBSTACLES)
-def test_where_no_segment_can_be_opened_a_start_is_refused_and_signals_get_503_until_one_can(
-    kept: Kept, kind: str
-) -> None:
-    if kind == "nothing may change" and (os.geteuid() or not shutil.which("chattr")):
-        pytest.skip("needs root and chattr (Debian's e2fsprogs)")
-    receiver, lost = kept.receiver, signal_payload()
-    with obstacle(kind, receiver.signals):
-        assert is_unavailable(receiver.post(kept.pair, lost))
-        still_serves_what_needs_no_disk(receiver, kept.pair, kept.payload)
-    recovers(receiver)
-    kept.takes_again(lost)
-    no_traceback(receiver)
-    assert receiver.stop() == 0
-    with obstacle(kind, receiver.signals):
-        assert "signals" in refused_start(receiver.directory)
 
 
 def test_a_directory_put_in_the_old_ones_place_is_used_from_the_next_signal_on_and_locked(

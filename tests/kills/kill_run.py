@@ -15,6 +15,7 @@ import contextlib
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -43,8 +44,8 @@ def whole_log(receiver: Receiver) -> bytes:
 def kill_run(directory: Path, kills: int, seconds: float = math.inf) -> tuple[int, Counts]:
     """How many kills were made, and what became of the signals.
 
-    One time in six it is told to end instead, and one time in six the next start is killed as
-    well, before it is through.
+    One time in six it is told to end instead; one in six it is stopped for a moment before; and one
+    in six the next start is killed as well, before it is through.
     """
     chance, made, deadline = random.Random(SEED), 0, time.monotonic() + seconds
     pairs = tuple(Pair(name) for name in ("one", "two", "three"))
@@ -55,6 +56,11 @@ def kill_run(directory: Path, kills: int, seconds: float = math.inf) -> tuple[in
             while made < kills and time.monotonic() < deadline:
                 load.reach(1)
                 time.sleep(chance.uniform(0, 0.2))
+                if made % 6 == 4:
+                    receiver.signal(signal.SIGSTOP)
+                    time.sleep(0.3)
+                    receiver.signal(signal.SIGCONT)
+                    load.reach(1)
                 if made % 6 == 2:
                     assert receiver.stop(within=10) == 0
                 else:

@@ -249,16 +249,12 @@ class PaperDisk(liveapi_server.Disk):
         left.safe = dict(left.seen)
         return left
 
-    def choices(self) -> tuple[int, dict[Inode, list[bytes]]]:
-        """How many changes of the directory can be lost, and what may be left of each file."""
-        there = [*self.safe.values(), *(inode for *_, inode in self.unsynced)]
-        return len(self.unsynced), {i: i.after_power_loss() for i in there if i.unsynced}
-
     def every_power_loss(self) -> Iterator[PaperDisk]:
-        moves, files = self.choices()
-        for left in range(moves + 1):
+        there = [*self.safe.values(), *(inode for *_, inode in self.unsynced)]
+        files = {inode: inode.after_power_loss() for inode in there if inode.unsynced}
+        for moves in range(len(self.unsynced) + 1):
             for kept in itertools.product(*files.values()):
-                yield self.after_power_loss(left, dict(zip(files, kept, strict=True)))
+                yield self.after_power_loss(moves, dict(zip(files, kept, strict=True)))
 
     def segments(self) -> list[str]:
         return [name for name in self.seen if name.endswith(".jsonl")]

@@ -161,12 +161,16 @@ class LogMachine(RuleBasedStateMachine):
     @rule(
         call=st.sampled_from(sorted({*CALLS, *RECOVERY})),
         times=st.integers(1, 3),
+        then=st.sampled_from(["", *RECOVERY]),
         short=st.integers(0, 1500),
         pages=st.booleans(),
         count=st.integers(0, 3),
     )
-    def fail_soon(self, call: str, times: int, short: int, pages: bool, count: int) -> None:
+    def fail_soon(
+        self, call: str, times: int, then: str, short: int, pages: bool, count: int
+    ) -> None:
         self.fail_next(call, times)
+        self.then = then
         self.disk.short, self.disk.drops_pages = short, pages
         self.append(count)
 
@@ -193,7 +197,7 @@ class LogMachine(RuleBasedStateMachine):
 
     def be_well(self) -> None:
         self.faults.clear()
-        self.calls_left = -1
+        self.then, self.calls_left = "", -1
 
     @precondition(lambda self: CURRENT in self.disk.seen)
     @rule(cuts=st.booleans(), size=st.integers(0, 3000))
@@ -218,16 +222,10 @@ class LogMachine(RuleBasedStateMachine):
         """Restart on what is left; without `data` that is the least."""
         if kind == "kill":
             left = self.disk.crashed()
+        elif data is None:
+            left = self.disk.after_power_loss()
         else:
-            moves, files = self.disk.choices()
-            kept = {inode: found[0] for inode, found in files.items()}
-            if data is not None:
-                moves = data.draw(st.integers(0, moves), "changes of the directory that are left")
-                kept = {
-                    inode: data.draw(st.sampled_from(found), "what is left of a file")
-                    for inode, found in files.items()
-                }
-            left = self.disk.after_power_loss(moves, kept)
+            left = data.draw(st.sampled_from(list(self.disk.every_power_loss())))
         self.closed = {name: text for name, text in self.closed.items() if name in left.seen}
         self.be_well()
         self.start(left)
@@ -345,6 +343,19 @@ def test_a_power_loss_after_a_fault_or_while_the_recovery_fails_too_loses_and_do
     print(f"{faults} faults, {met} within a recovery, {tried} states of the disk")
     assert faults >= 2
     assert met or not then
+
+
+def test_what_a_short_write_left_is_cut_though_someone_has_cut_it_already() -> None:
+    machine = LogMachine()
+    machine.append(2)
+    machine.disk.short = 50
+    machine.fail_next("append", 1)
+    machine.fail_next("cut", 2)
+    machine.append(1)
+    machine.stranger(cuts=True, size=len(machine.disk.seen[CURRENT].safe) - 20)
+    machine.log_is_right()
+    machine.heal()
+    assert len(machine.disk.lines()) == 2, "the first that was there, and the one after it"
 
 
 def test_blocks_that_reach_the_disk_out_of_order_harm_no_acknowledged_signal() -> None:
