@@ -379,9 +379,7 @@ def post_and_forget(receiver: Receiver, pair: Pair, payload: bytes) -> list[int]
     return statuses
 
 
-def test_while_the_disk_hangs_verify_repeats_and_the_console_are_answered(
-    hanging: Kept,
-) -> None:
+def test_while_the_disk_hangs_verify_repeats_and_the_console_are_answered(hanging: Kept) -> None:
     receiver = hanging.receiver
     began = time.monotonic()
     assert receiver.verify(hanging.pair).status == 200
@@ -415,9 +413,7 @@ def test_while_the_disk_hangs_keys_are_read_again(hanging: Kept) -> None:
     eventually(lambda: hanging.receiver.verify(fresh).status == 200, seconds=5)
 
 
-def test_while_the_disk_hangs_status_and_the_service_manager_are_told_so(
-    hanging: Kept,
-) -> None:
+def test_while_the_disk_hangs_status_and_the_service_manager_are_told_so(hanging: Kept) -> None:
     receiver = hanging.receiver
     eventually(lambda: status(receiver) == 503, seconds=15, every=0.25)
     said = re.compile(rb"STATUS=.*cannot store[^\0]*WATCHDOG=1", re.IGNORECASE)

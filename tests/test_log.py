@@ -5,7 +5,6 @@ What is JSON, and how it is stored: test_requests.py. When the disk fails: test_
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import re
@@ -15,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -28,16 +28,11 @@ LINE = re.compile(
     rb'"instance":"([^"]+)","id":"([0-9a-f]{32})","signal":(.*)\}\n',
     re.DOTALL,
 )
-UTC = datetime.UTC
 HOUR = 3600.0
 
 
-def moment(text: str, form: str) -> float:
-    return datetime.datetime.strptime(text, form).replace(tzinfo=UTC).timestamp()
-
-
-def closed_at(path: Path) -> float:
-    return moment(path.name, "%Y%m%dT%H%M%S.%fZ.jsonl")
+def closed_at(path: Path) -> datetime:
+    return datetime.fromisoformat(path.name.removesuffix(".jsonl"))
 
 
 # --- The line ---------------------------------------------------------------------------------
@@ -56,7 +51,7 @@ def test_a_line_is_exactly_as_the_contract_shows_it(receiver: Receiver, pair: Pa
     assert found
     received_at, *rest = found.groups()
     assert rest == [b"my-app", b"4608e5dd557336d473ea291b770dab6a", payload]
-    when = moment(received_at.decode(), "%Y-%m-%dT%H:%M:%S.%fZ")
+    when = datetime.fromisoformat(received_at.decode()).timestamp()
     assert before - 0.001 <= when <= after + 0.001
 
 
@@ -199,16 +194,11 @@ def fake_clock(path: Path) -> dict[str, str]:
     }
 
 
-def turn(clock: Path, seconds: float) -> None:
-    """Put the clock that far from the real time."""
+def turn(clock: Path, to_midnight: float) -> None:
+    """Have it show midnight that many seconds from now."""
     fresh = clock.with_suffix(".new")
-    fresh.write_text(f"{seconds:+f}\n")
+    fresh.write_text(f"{24 * HOUR - time.time() % (24 * HOUR) - to_midnight:+f}\n")
     fresh.rename(clock)
-
-
-def to_midnight(seconds: float) -> float:
-    """How far a clock is from the real time that shows midnight that many seconds from now."""
-    return 24 * HOUR - time.time() % (24 * HOUR) - seconds
 
 
 def test_a_line_is_in_the_log_when_its_answer_comes_and_a_segment_closes_at_its_size(
@@ -226,7 +216,7 @@ def test_a_line_is_in_the_log_when_its_answer_comes_and_a_segment_closes_at_its_
     for path in receiver.closed_segments():
         assert 2000 <= path.stat().st_size < 2000 + longest
         assert path.read_bytes().endswith(b"\n")
-        assert began - 0.001 <= closed_at(path) <= time.time() + 0.001
+        assert began - 0.001 <= closed_at(path).timestamp() <= time.time() + 0.001
     assert receiver.ids() == ids(*payloads)
 
 
@@ -236,40 +226,30 @@ def test_a_segment_of_another_day_closes_without_traffic_and_names_sort_in_that_
     start: Callable[..., Receiver], tmp_path: Path, pair: Pair, way: str
 ) -> None:
     clock = tmp_path / "clock"
-    turn(clock, to_midnight(36 * HOUR))
+    turn(clock, 36 * HOUR)
     receiver = start(env=fake_clock(clock))
-    turn(clock, to_midnight(12 * HOUR))
+    turn(clock, 12 * HOUR)
     payloads = [signal_payload() for _ in range(3)]
     store(receiver, pair, payloads[0])
     (old,) = receiver.lines()
     assert receiver.closed_segments() == [], "it was of no day while it was empty"
-    turn(clock, to_midnight(1 if "comes" in way else -12 * HOUR))
+    turn(clock, 1 if "comes" in way else -12 * HOUR)
     (closed,) = eventually(receiver.closed_segments, seconds=10)
-    now = datetime.datetime.fromtimestamp(closed_at(closed), UTC)
-    assert f"{now - datetime.timedelta(days=1):%Y-%m-%d}" == old["received_at"][:10]
+    now = closed_at(closed)
+    assert f"{now - timedelta(days=1):%Y-%m-%d}" == old["received_at"][:10]
     if "comes" in way:
         assert (now.hour, now.minute) == (0, 0)
     store(receiver, pair, *payloads[:2])
-    turn(clock, to_midnight(60 * HOUR))
+    turn(clock, 60 * HOUR)
     eventually(lambda: len(receiver.closed_segments()) == 2)
     store(receiver, pair, *payloads)
     assert receiver.ids() == ids(*payloads)
 
 
-def left_open(path: Path, text: bytes, changed: float) -> None:
-    """An open segment as an earlier run left it behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text)
-    os.utime(path, (changed, changed))
-
-
 @pytest.mark.parametrize(
     "changed",
-    [
-        pytest.param(time.time() - 24 * HOUR, id="yesterday"),
-        pytest.param(-(10**11), id="before the year 1"),
-        pytest.param(10**12, id="after the year 9999"),
-    ],
+    [time.time() - 24 * HOUR, -(10**11), 10**12],
+    ids=["yesterday", "before the year 1", "after the year 9999"],
 )
 def test_a_segment_found_open_from_another_day_is_closed_at_the_start_and_today_s_is_not(
     start: Callable[..., Receiver], pair: Pair, changed: float
@@ -277,13 +257,16 @@ def test_a_segment_found_open_from_another_day_is_closed_at_the_start_and_today_
     payload, fresh = signal_payload(), signal_payload()
     left = stored_line(payload)
     with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:  # it takes times of any size
-        left_open(Path(memory, "signals", "current.jsonl"), left, changed)
+        path = Path(memory, "signals", "current.jsonl")
+        path.parent.mkdir()
+        path.write_bytes(left)
+        os.utime(path, (changed, changed))
         began = time.time()
         for _ in range(2):
             receiver = start(directory=Path(memory))
             (closed,) = receiver.closed_segments()
             assert closed.read_bytes() == left
-            assert closed_at(closed) >= began - 0.001
+            assert closed_at(closed).timestamp() >= began - 0.001
             store(receiver, pair, payload, fresh)
             assert receiver.ids() == ids(payload, fresh)
             receiver.stop()
@@ -312,7 +295,8 @@ def test_a_torn_tail_is_cut_off_at_the_start_and_damage_elsewhere_is_kept_and_bo
     first, second, last = map(stored_line, payloads[:3])
     # Even the whole line is none there, without its last byte.
     kept = b"" if alone else first + second + tail[:-1] + b"\n" + last
-    left_open(path, kept + tail, time.time())
+    path.parent.mkdir()
+    path.write_bytes(kept + tail)
     receiver = start()
     assert path.read_bytes() == kept
     receiver.wait_for_log(rf"current\.jsonl.*\b{len(tail)} bytes", 2)

@@ -259,16 +259,14 @@ class LogMachine(RuleBasedStateMachine):
             self.log_is_right()
 
 
-settings.register_profile(
-    "log",
+TestLogMachine = LogMachine.TestCase
+TestLogMachine.settings = settings(
     max_examples=3000 if FULL else 150,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=list(HealthCheck),
     print_blob=True,
 )
-TestLogMachine = LogMachine.TestCase
-TestLogMachine.settings = settings.get_profile("log")
 
 
 @pytest.mark.parametrize("harm", ["lost", "doubled", "torn"])

@@ -13,7 +13,7 @@ import signal
 import struct
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -26,16 +26,6 @@ LOSSES = 90 if os.environ.get("LIVEAPI_FULL") == "1" else 4
 GOING_DOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN, XFS_IOC_GOINGDOWN
 NO_LOG_FLUSH = 2  # what is in memory only is lost, as when the power goes
 FAULTS = ("fdatasync:error=EIO:when=5+9", "rename:error=EIO:when=2+3", "fsync:error=EIO:when=3+4")
-
-
-@pytest.fixture(params=["ext4", "xfs"])
-def file_system(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A small file system of its own, mounted where the receiver will look for its signals.
-
-    Tests name it before `start`, so that the receiver has ended when it is taken away.
-    """
-    with small_file_system(request.param, tmp_path / "signals") as where:
-        yield where
 
 
 def go_down(file_system: Path) -> None:
@@ -67,41 +57,45 @@ def mount_what_is_left(file_system: Path) -> None:
     raise AssertionError(done.stderr)
 
 
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
 def test_a_file_system_that_goes_away_under_it_is_a_503(
-    file_system: Path, start: Callable[..., Receiver], pair: Pair
+    tmp_path: Path, start: Callable[..., Receiver], pair: Pair, kind: str
 ) -> None:
-    receiver = start()
-    kept = signal_payload()
-    store(receiver, pair, kept)
-    go_down(file_system)
-    assert receiver.post(pair, signal_payload()).status == 503
-    assert receiver.request("GET", "/status").status == 503
-    store(receiver, pair, kept)
-    assert receiver.verify(pair).status == 200
-    assert receiver.stop() == 0
+    with small_file_system(kind, tmp_path / "signals") as file_system:
+        receiver = start()
+        kept = signal_payload()
+        store(receiver, pair, kept)
+        go_down(file_system)
+        assert receiver.post(pair, signal_payload()).status == 503
+        assert receiver.request("GET", "/status").status == 503
+        store(receiver, pair, kept)
+        assert receiver.verify(pair).status == 200
+        assert receiver.stop() == 0
 
 
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
 def test_a_power_loss_with_and_without_errors_before_it_loses_nothing_that_was_acknowledged(
-    file_system: Path, start: Callable[..., Receiver], pair: Pair, tmp_path: Path
+    tmp_path: Path, start: Callable[..., Receiver], pair: Pair, kind: str
 ) -> None:
-    chance = random.Random(20311)
-    (port,) = free_ports(1)
-    with Load((pair, Pair("other").write(tmp_path / "keys")), port) as load:
-        for number in range(LOSSES):
+    with small_file_system(kind, tmp_path / "signals") as file_system:
+        chance = random.Random(20311)
+        (port,) = free_ports(1)
+        with Load((pair, Pair("other").write(tmp_path / "keys")), port) as load:
+            for number in range(LOSSES):
+                receiver = start("--segment-bytes", "30000", port=port)
+                load.reach(60)
+                with ExitStack() as faults:
+                    if number % 2 and shutil.which("strace"):
+                        faults.enter_context(injected(receiver, tmp_path / "trace", *FAULTS))
+                        load.reach(20)
+                    time.sleep(chance.uniform(0, 0.2))
+                # Without power nothing is acknowledged any more. The signal stops one thread first.
+                receiver.signal(signal.SIGSTOP)
+                eventually(lambda process=receiver.process: has_stopped(process.pid))
+                go_down(file_system)
+                receiver.kill()
+                mount_what_is_left(file_system)
+                assert count(load, file_system).lost == 0, "acknowledged, and lost"
             receiver = start("--segment-bytes", "30000", port=port)
-            load.reach(60)
-            with ExitStack() as faults:
-                if number % 2 and shutil.which("strace"):
-                    faults.enter_context(injected(receiver, tmp_path / "trace", *FAULTS))
-                    load.reach(20)
-                time.sleep(chance.uniform(0, 0.2))
-            # Without power nothing is acknowledged any more. The signal stops one thread first.
-            receiver.signal(signal.SIGSTOP)
-            eventually(lambda process=receiver.process: has_stopped(process.pid))
-            go_down(file_system)
-            receiver.kill()
-            mount_what_is_left(file_system)
-            assert count(load, file_system).lost == 0, "acknowledged, and lost"
-        receiver = start("--segment-bytes", "30000", port=port)
-    assert receiver.stop() == 0
-    print(f"{LOSSES} power losses, {balance(load, file_system)}")
+        assert receiver.stop() == 0
+        print(f"{LOSSES} power losses, {balance(load, file_system)}")
