@@ -149,6 +149,7 @@ class PaperDisk(liveapi_server.Disk):
         except OSError:
             self.change(inode, data[: self.short])
             inode.failed = True
+            self.moment("an append that fails")
             raise
         self.change(inode, data)
         self.moment("append")
