@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import functools
 import hashlib
 import itertools
 import re
@@ -67,8 +68,6 @@ class PaperDisk(liveapi_server.Disk):
     tried again on the same bytes, and that no file is written over.
     """
 
-    lock = 0  # always held
-
     def __init__(self) -> None:
         self.inodes: dict[int, Inode] = {}
         self.seen: dict[str, int] = {}
@@ -85,7 +84,7 @@ class PaperDisk(liveapi_server.Disk):
 
     # What the program calls
 
-    def hold(self) -> None:
+    def lock(self) -> None:
         pass
 
     def names(self) -> list[str]:
@@ -326,8 +325,8 @@ class Sender:
             instance, payload = message
             identity = hashlib.sha256(payload).digest()[:16]
             line = liveapi_server.signal_line(instance, identity, payload)
-            waiter = SimpleNamespace(answered=lambda stored, m=message: self.note(m, stored))
-            self.note(message, self.log.offer(instance, identity, line, waiter))
+            note = functools.partial(self.note, message)
+            note(self.log.offer(instance, identity, line, note))
         self.log.commit()
 
     def note(self, message: Message, stored: bool | None) -> None:

@@ -215,8 +215,9 @@ class LogMachine(RuleBasedStateMachine):
         for name in self.disk.segments():
             text = self.disk.text(name)
             if name == CURRENT:
-                if not self.sender.log.able:  # it may not be cut yet
-                    text = text[: self.sender.log.size]
+                log = self.sender.log
+                if log.failure and (log.damaged or log.fd < 0):  # it may not be cut yet
+                    text = text[: log.place[2]]
             else:
                 assert name in self.closed or name > newest, f"{name} does not sort as the newest"
                 assert self.closed.setdefault(name, text) == text, f"{name} has changed"
