@@ -25,10 +25,10 @@ Each connection has a thread, which may block: a housekeeper shuts the sockets o
 late. A thread with a signal offers its line to the log; the first to find that nobody commits
 writes and syncs all that have gathered, and sends the 200s.
 
-Locks: SignalLog.storing is held by the thread that commits, for as long as the disk takes, and
-the others may be taken within it: SignalLog.turn, Figures.counting and Server.room, each held for
-microseconds. Server.accepting is held by the thread that waits for a connection, a handler's
-`owed` from its offer until it has been told of it.
+Locks: SignalLog.storing is held by the thread that commits, for as long as the disk takes. Within
+it SignalLog.turn, Figures.counting and Server.room may be taken, each for microseconds.
+Server.accepting is held by the thread that waits for a connection, a handler's `owed` from its
+offer of a signal until it has been told of it.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ import functools
 import hashlib
 import hmac
 import http.client
+import io
 import itertools
 import json
 import logging
 import os
 import re
 import secrets
-import select
 import signal
 import socket
 import socketserver
@@ -60,13 +60,13 @@ import tempfile
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler
 from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 from urllib.parse import parse_qs, quote, urlsplit
 
 try:
@@ -118,32 +118,33 @@ CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,8}})(?:{_EXTENSION})*\r\n".encode()) 
 HOST = re.compile(_HOST.encode())
 LENGTH = re.compile(rb"[0-9]{1,18}")
 begins_as_object = re.compile(rb"[ \t\r\n]*\{").match  # RFC 8259 section 2
-http_date = functools.lru_cache(maxsize=1)(formatdate)  # one serves for a whole second
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Answer:
     status: int
     body: bytes = b""
     content_type: str = "application/json"
-    headers: tuple[tuple[str, str], ...] = ()
-
-    @functools.cached_property
-    def _head(self) -> bytes:  # the status line, and the fields but Date and Connection
-        fields = (("Content-Type", self.content_type), *self.headers)
-        if self.content_type != STREAM:
-            fields += (("Content-Length", str(len(self.body))),)
-        lines = "".join(f"{name}: {value}\r\n" for name, value in fields)
-        return f"HTTP/1.1 {self.status} {http.client.responses[self.status]}\r\n{lines}".encode()
-
-    def render(self, *, close: bool, with_body: bool = True) -> bytes:
-        date = http_date(int(time.time()), usegmt=True).encode()
-        connection, body = b"close" if close else b"keep-alive", self.body if with_body else b""
-        return b"%bDate: %b\r\nConnection: %b\r\n\r\n%b" % (self._head, date, connection, body)
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
-def json_answer(code: int, **members: Any) -> Answer:
-    headers = (("Retry-After", "5"),) if code == 503 else ()
+@functools.lru_cache(maxsize=64)  # most signals of a second get the same bytes
+def render(answer: Answer, close: bool, with_body: bool, now: int) -> bytes:
+    """An answer's bytes; `now` in seconds since the epoch."""
+    fields = {"Content-Type": answer.content_type, "Content-Length": str(len(answer.body))}
+    if answer.content_type == STREAM:
+        del fields["Content-Length"]
+    fields |= {
+        "Date": formatdate(now, usegmt=True),
+        "Connection": "close" if close else "keep-alive",
+    }
+    lines = "".join(f"{name}: {value}\r\n" for name, value in {**fields, **answer.headers}.items())
+    head = f"HTTP/1.1 {answer.status} {http.client.responses[answer.status]}\r\n{lines}\r\n"
+    return head.encode() + answer.body if with_body else head.encode()
+
+
+def json_answer(code: int, headers: Mapping[str, str] | None = None, /, **members: Any) -> Answer:
+    headers = headers or ({"Retry-After": "5"} if code == 503 else {})
     return Answer(code, json.dumps(members, separators=(",", ":")).encode(), headers=headers)
 
 
@@ -176,13 +177,12 @@ class Head:
     continues: bool  # the client waits for "100 Continue"
 
 
-def read_head(file: BufferedIOBase, first: bytes = b"") -> Head:
-    """Read from the request line to the blank line; `first` has been read already."""
-    line = first or file.read(1)
-    if line and not HEAD_START.match(line):
-        raise Refusal(400, "malformed request line")
-    if not line.endswith(b"\n"):
-        line += file.readline(REQUEST_LINE_BYTES - len(line))
+NO_HEAD = Head("-", "-", "", {}, None, False, False)
+
+
+def read_head(file: BufferedIOBase) -> Head:
+    """Read from the request line to the blank line."""
+    line = file.readline(REQUEST_LINE_BYTES)
     if line == b"\r\n":  # RFC 9112 section 2.2
         line = file.readline(REQUEST_LINE_BYTES)
     method, path, query, minor = parse_request_line(line)
@@ -526,9 +526,7 @@ def parse_line(line: bytes) -> tuple[str, str, bytes] | None:
 #
 # Not chosen: to cut the file back and go on in it, which is enough after a failed write. Which
 # error leaves which file usable is a table of its own; one recovery for all of them is none.
-#
-# Not promised: that a repeat older than the window is recognised, and anything about a disk that
-# says it has synced what it has not.
+# Not promised: anything about a disk that says it has synced what it has not.
 
 CURRENT = "current.jsonl"
 CLOSED_NAME = "%Y%m%dT%H%M%S.%fZ.jsonl"
@@ -539,10 +537,10 @@ BATCH_BYTES = 8 << 20  # written at once, for the write needs a copy
 FLOOR_BYTES = 1 << 20  # a disk with less room is full
 RETRY_SECONDS = 1.0  # between two tries to store again
 TRIAL_SECONDS = 0.5  # what has failed just now is not tried again before
-TRIAL_BYTES = 4096  # written at least, to see whether there is room
 STALL_SECONDS = 10.0  # a disk that takes longer for a commit cannot store signals
 DAY = 86400  # seconds
 FOR_ALL = os.O_CLOEXEC | os.O_NONBLOCK  # no child and no FIFO
+NOWHERE = (-1, -1, 0)
 
 
 class Disk:
@@ -552,21 +550,14 @@ class Disk:
     cut = staticmethod(os.ftruncate)
     sync = staticmethod(os.fdatasync)
     close = staticmethod(os.close)
-    lock = -1
 
     def __init__(self, directory: Path) -> None:
         self.prefix = f"{directory}/"  # joining paths by pathlib takes as long as the call itself
 
-    def hold(self) -> None:
-        """Keep other servers out; again, if another directory has taken this one's place."""
-        fd = self.open(".lock", 0o600)  # who may read the signals cannot open and hold it
-        try:
-            if self.lock < 0 or not os.path.sameopenfile(fd, self.lock):
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                fd, self.lock = self.lock, fd
-        finally:
-            if fd >= 0:
-                os.close(fd)
+    def lock(self) -> None:
+        """Keep other servers out for as long as this process lives."""
+        # Who may read the signals cannot open this file, and hold the lock in our place.
+        fcntl.flock(self.open(".lock", 0o600), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def names(self) -> list[str]:
         return os.listdir(self.prefix)
@@ -575,16 +566,12 @@ class Disk:
         return os.open(self.prefix + name, os.O_RDONLY | FOR_ALL)
 
     def open(self, name: str, mode: int = 0o640) -> int:
-        """Open a file to read and append; made if missing. The mode is so whatever the umask."""
+        """Open a file to read and append; made if missing."""
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | FOR_ALL
         fd = os.open(self.prefix + name, flags, mode)
-        try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise OSError(errno.EINVAL, f"{name} is not a regular file")
-            os.fchmod(fd, mode)
-        except OSError:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
-            raise
+            raise OSError(errno.EINVAL, f"{name} is not a regular file")
         return fd
 
     def stat(self, file: str | int) -> os.stat_result:
@@ -627,10 +614,6 @@ class Disk:
             self.remove(".trial")
 
 
-class Waiter(Protocol):
-    def answered(self, stored: bool) -> None: ...  # called by the thread that has committed
-
-
 @dataclass(slots=True)
 class Entry:
     """A line on its way to the disk, and who waits for it: its sender, and senders of repeats."""
@@ -638,7 +621,7 @@ class Entry:
     instance: str
     key: bytes  # of the window: the signal's id, then the instance's name
     line: bytes
-    waiters: list[Waiter]
+    waiters: list[Callable[[bool], None]]  # called by the thread that commits: is it stored?
 
 
 class SignalLog:
@@ -646,7 +629,7 @@ class SignalLog:
     them commits at a time, and what the others offer meanwhile is the next batch."""
 
     def __init__(
-        self, disk: Disk, *, window: int, segment_bytes: int, committed: Callable[..., None]
+        self, disk: Disk, window: int, segment_bytes: int, committed: Callable[..., None]
     ) -> None:
         self.disk, self.segment_bytes, self.clock = disk, segment_bytes, time.time
         self.committed = committed  # told of each batch: its entries, whether stored, seconds
@@ -656,8 +639,8 @@ class SignalLog:
         self.waiting = 0  # bytes of it
         self.window, self.window_size = OrderedDict[bytes, None](), window  # the newest keys
         self.storing = threading.Lock()  # guards the segment, which others only look at
-        self.fd, self.identity = -1, (0, 0)  # device and inode
-        self.size, self.day = 0, 0.0  # bytes, all of acknowledged lines; days since the epoch
+        self.fd, self.place = -1, NOWHERE  # device, inode, and bytes, all of acknowledged lines
+        self.day = 0.0  # of the segment, since the epoch
         self.damaged = False  # an error has met the segment: it waits for the recovery
         self.last_closed, self.closing_failed = datetime.fromtimestamp(0, UTC), False
         self.failure, self.failed_at = "", 0.0  # what stands in the way of storing, if anything
@@ -666,19 +649,22 @@ class SignalLog:
         self.untended = threading.Event()  # there is something for the log's own thread to do
         self.last_received = dict[str, str]()  # by instance; as the start found it in the log
 
-    def offer(self, instance: str, identity: bytes, line: bytes, who: Waiter) -> bool | None:
-        """Take a line on: None, and `who` will be told, after a commit(). True if it is stored
-        already, False if it cannot be stored now."""
+    def offer(
+        self, instance: str, identity: bytes, line: bytes, waiter: Callable[[bool], None]
+    ) -> bool | None:
+        """Take a line on: None, and the waiter will be told, after a commit(). True if it is
+        stored already, False if it cannot be stored now."""
         key = identity + instance.encode()
         with self.turn:
             if key in self.window:
                 return True
             if first := self.in_flight.get(key):  # a repeat shares the fate of the first copy
-                first.waiters.append(who)
+                first.waiters.append(waiter)
                 return None
-            if not self.able or (self.waiting and self.waiting + len(line) > WAITING_BYTES):
+            broken = self.failure and (self.damaged or self.fd < 0)
+            if broken or (self.waiting and self.waiting + len(line) > WAITING_BYTES):
                 return False
-            entry = Entry(instance, key, line, [who])
+            entry = Entry(instance, key, line, [waiter])
             if self.window_size:
                 self.in_flight[key] = entry
             self.waiting += len(line)
@@ -689,30 +675,26 @@ class SignalLog:
         """Store what is pending, unless another thread is at it, which will see to it then."""
         if not self.pending or not self.storing.acquire(blocking=False):
             return
-        batch, size = list[Entry](), 0
+        started, batch, size = time.monotonic(), list[Entry](), 0
         with self.turn:
             while self.pending and size < BATCH_BYTES:
                 batch.append(self.pending.popleft())
                 size += len(batch[-1].line)
-        try:
-            started = time.monotonic()
-            stored = self._store(b"".join([entry.line for entry in batch]))
-            with self.turn:
-                self.waiting -= size
-                for entry in batch:
-                    self.in_flight.pop(entry.key, None)
-                    if stored:
-                        self.window[entry.key] = None
-                        if len(self.window) > self.window_size:
-                            self.window.popitem(last=False)
-            self.committed(batch, stored, time.monotonic() - started)
+        stored = self._store(b"".join([entry.line for entry in batch]))
+        with self.turn:
+            self.waiting -= size
             for entry in batch:
-                for waiter in entry.waiters:
-                    waiter.answered(stored)
-        except OSError as error:  # no client's, and the batch would be waited for in vain
-            raise RuntimeError("a defect in a commit") from error
+                self.in_flight.pop(entry.key, None)
+                if stored:
+                    self.window[entry.key] = None
+                    if len(self.window) > self.window_size:
+                        self.window.popitem(last=False)
+        self.committed(batch, stored, time.monotonic() - started)
+        for entry in batch:
+            for waiter in entry.waiters:
+                waiter(stored)
         self.storing.release()  # only now, so that the next batch is not a batch of one
-        if self.pending:  # this thread has its own connection to go back to
+        if self.pending or self.is_due():  # this thread has its own connection to go back to
             self.untended.set()
 
     def tend(self) -> None:
@@ -725,34 +707,31 @@ class SignalLog:
         while True:
             self.untended.wait(RETRY_SECONDS if self.failure else None)
             self.untended.clear()
-            if self.failure or self.is_due():
+            rested = time.monotonic() - self.failed_at >= TRIAL_SECONDS
+            if rested and (self.failure or self.is_due()):
                 self.tend()
             self.commit()
 
     def _store(self, lines: bytes) -> bool:
         """Append lines to the open segment and sync it; whether that has worked."""
-        stored = False
-        self.busy_since = time.monotonic()
-        self.needed = len(lines) or self.needed
+        self.busy_since, self.needed = time.monotonic(), len(lines) or self.needed
         try:
             self._prepare()
             if lines:
                 self.damaged = True  # should one of the next two raise
                 self.disk.append(self.fd, lines)
                 self.disk.sync(self.fd)
-                self.damaged, stored = False, True
-                if not self.size:
+                self.damaged = False
+                device, inode, size = self.place
+                self.place = (device, inode, size + len(lines))
+                if not size:
                     self.day = self.clock() // DAY
-                self.size += len(lines)
-            elif self.failure and self.busy_since - self.failed_at >= TRIAL_SECONDS:
-                self.disk.try_write(max(self.needed, TRIAL_BYTES))
-                stored = True
-            if stored:
-                if self.failure:
-                    log.info("signals are stored again")
-                self.failure, self.needed = "", 0
-                if self.is_due():
-                    self._close_segment()
+            elif self.failure:
+                self.disk.try_write(self.needed or 1)
+            if self.failure:
+                log.info("signals are stored again")
+            self.failure, self.needed = "", 0
+            return bool(lines)
         except OSError as error:
             first = not self.failure
             self.failure, self.failed_at = str(error.strerror), time.monotonic()
@@ -761,13 +740,9 @@ class SignalLog:
                 self.untended.set()  # only now: run() looks at the failure when it wakes
             with contextlib.suppress(OSError):  # else it is tried again once a second
                 self._prepare()
-        self.busy_since = NEVER
-        return stored
-
-    @property
-    def able(self) -> bool:
-        """Whether storing can be tried: there is a segment, and no error has met it."""
-        return not self.failure or (self.fd >= 0 and not self.damaged)
+            return False
+        finally:
+            self.busy_since = NEVER
 
     @property
     def trouble(self) -> str:
@@ -777,8 +752,8 @@ class SignalLog:
 
     def is_due(self) -> bool:
         """Whether the open segment is full, or of another day."""
-        another_day = self.day != self.clock() // DAY
-        return self.size > 0 and (self.size >= self.segment_bytes or another_day)
+        size, another_day = self.place[2], self.day != self.clock() // DAY
+        return size > 0 and (size >= self.segment_bytes or another_day)
 
     # The open segment
 
@@ -786,15 +761,14 @@ class SignalLog:
         """See to it that the open segment is sound, the file that readers see, and has room."""
         if self.damaged:  # the one recovery: each step can be repeated until the last has worked
             size = self.disk.stat(self.fd).st_size
-            if size < self.size:  # a stranger has cut it: never make it longer
-                self.size = size - len(next(self._backward(self.fd)))
-            self.disk.cut(self.fd, self.size)
+            if size < self.place[2]:  # a stranger has cut it: never make it longer
+                self.place = (*self.place[:2], size - len(next(self._backward(self.fd))))
+            self.disk.cut(self.fd, self.place[2])
             self.disk.sync(self.fd)  # else a power loss could bring the lines back
             self._close_segment()
-        elif self.fd < 0:
-            self._open_segment()
-        elif not self._in_place():
-            log.warning("%s was changed by someone else: opening it anew", CURRENT)
+        elif self.fd < 0 or not self._in_place():
+            if self.fd >= 0:
+                log.warning("%s was changed by someone else: opening it anew", CURRENT)
             self._open_segment()
         if self.is_due():
             self._close_segment()
@@ -803,32 +777,31 @@ class SignalLog:
 
     def _in_place(self) -> bool:
         """Whether the file at the path is the open segment, as large as it should be."""
-        try:
+        with contextlib.suppress(FileNotFoundError):
             there = self.disk.stat(CURRENT)
-        except FileNotFoundError:
-            return False
-        return (there.st_dev, there.st_ino, there.st_size) == (*self.identity, self.size)
+            return (there.st_dev, there.st_ino, there.st_size) == self.place
+        return False
 
     def _close_segment(self) -> None:
         """Give the segment its closed name, or remove it if it is empty; then open the next."""
-        if self._in_place():  # else it is a stranger's file, which is left alone
-            try:
-                if self.size:
-                    # Names sort in the order of closing, also when the clock jumps back.
-                    earliest = self.last_closed + timedelta(microseconds=1)
-                    when = max(datetime.fromtimestamp(self.clock(), UTC), earliest)
+        # Names sort in the order of closing, also when the clock jumps back.
+        earliest = self.last_closed + timedelta(microseconds=1)
+        when = max(datetime.fromtimestamp(self.clock(), UTC), earliest)
+        try:
+            if self._in_place():  # else it is a stranger's file, which is left alone
+                if self.place[2]:
                     self.disk.rename(CURRENT, when.strftime(CLOSED_NAME))
                     self.last_closed, self.closing_failed = when, False
                 else:
                     self.disk.remove(CURRENT)
-            except OSError as error:
-                if self.damaged:
-                    raise
-                if not self.closing_failed:
-                    log.error("cannot close %s now: %s", CURRENT, error.strerror)
-                self.closing_failed = True
-                return  # it goes on
-        self._open_segment()
+        except OSError as error:
+            if self.damaged:
+                raise
+            if not self.closing_failed:
+                log.error("cannot close %s now: %s", CURRENT, error.strerror)
+            self.closing_failed = True  # it goes on
+        else:
+            self._open_segment()
 
     def _open_segment(self) -> None:
         """Open the path anew, cut a torn tail off, and sync what is there and its name."""
@@ -837,30 +810,29 @@ class SignalLog:
                 self.disk.close(self.fd)
         self.fd, self.damaged = -1, False
         self.disk.sync_directory()  # the last one's new name, before its old one is used again
-        self.disk.hold()
         fd = self.disk.open(CURRENT)
         there = self.disk.stat(fd)
-        identity = (there.st_dev, there.st_ino)
+        size, place = there.st_size, (there.st_dev, there.st_ino)
         try:
             self.disk.sync(fd)
             self.disk.forget(fd)
             if torn := len(next(self._backward(fd))):
                 log.warning("%s: cut a torn line of %d bytes", CURRENT, torn)
-                self.disk.cut(fd, there.st_size - torn)
+                self.disk.cut(fd, size - torn)
                 self.disk.sync(fd)
             self.disk.sync_directory()
         except OSError:
-            if there.st_size:
+            if size:
                 self.disk.close(fd)
             else:  # a sync that has failed proves nothing of a new file: it is to be removed
-                self.fd, self.size, self.identity, self.damaged = fd, 0, identity, True
+                self.fd, self.place, self.damaged = fd, (*place, 0), True
             raise
-        self.size = there.st_size - torn  # before the identity: a follower looks at that first
-        self.fd, self.identity, self.day = fd, identity, there.st_mtime // DAY
+        self.fd, self.place, self.day = fd, (*place, size - torn), there.st_mtime // DAY
 
     def start(self) -> None:
         """Open the log, and learn from its newest lines what is stored. Raises OSError, which is
         BlockingIOError if another server holds the directory; but a full disk is waited for."""
+        self.disk.lock()
         newest_first = sorted(filter(SEGMENT.fullmatch, self.disk.names()), reverse=True)
         for name in newest_first:
             with contextlib.suppress(ValueError):  # it is the open one, or no segment of ours
@@ -869,7 +841,7 @@ class SignalLog:
         try:
             self._open_segment()
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or self.disk.lock < 0:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
         keys, damaged = list[bytes](), 0
         lines = itertools.chain.from_iterable(map(self._stored_lines, newest_first))
@@ -944,8 +916,8 @@ class Figures:
         with self.counting:
             for entry in batch:
                 self.signals[entry.instance, first] += 1
-                if len(entry.waiters) > 1:
-                    self.signals[entry.instance, again] += len(entry.waiters) - 1
+                if more := len(entry.waiters) - 1:
+                    self.signals[entry.instance, again] += more
                 if stored:
                     self.received[entry.instance] = entry.line[RECEIVED_AT].decode()
             if stored:
@@ -998,7 +970,8 @@ class Figures:
 
 LINGER_SECONDS = 2.0  # for an answer to arrive before the connection is closed on unread bytes
 STOP_SECONDS = 8.0  # for requests in flight
-GRACE_SECONDS = 0.3  # at a stop, for the first request of a connection that has just been made
+GRACE_SECONDS = 0.2  # at a stop, for a connection or a request that has just come
+ACCEPT_SECONDS = 0.3  # between two looks at whether it is time to stop
 SWEEP_SECONDS = 1.0  # between two looks at the connections, unless the timeouts are short
 RELIEF_SECONDS = 0.1  # between two tries to make room
 DISCARD_BYTES = 65536
@@ -1015,7 +988,6 @@ class Server(socketserver.BaseServer):
     """
 
     tls: ssl.SSLContext | None = None
-    activated = False  # the listener outlives this process
     stopping = 0.0  # monotonic, since when
     routes: dict[str, tuple[str, ...]]  # the methods of each path
 
@@ -1024,140 +996,95 @@ class Server(socketserver.BaseServer):
     ) -> None:
         super().__init__(listener.getsockname(), handler)
         self.socket, self.settings, self.most = listener, settings, most
-        self.room = threading.Condition()  # guards the next four; held for microseconds
-        self.connections: dict[str, set[StrictHandler]] = {}  # by the client's address
-        self.open = 0  # connections that are handled
-        self.threads = 0
-        self.free = 0  # threads without a connection
+        self.room = threading.Condition()  # guards the next two; held for microseconds
+        self.handlers = set[StrictHandler]()  # the open connections
+        self.threads = self.free = 0  # free: without a connection
         self.accepting = threading.Lock()  # held by the thread that waits for a connection
-        self.wake = os.eventfd(0, os.EFD_CLOEXEC)
-        self.ready = select.poll()
-        self.ready.register(self.wake, select.POLLIN)
-        self.ready.register(listener, select.POLLIN)
-        listener.setblocking(False)
+        listener.settimeout(ACCEPT_SECONDS)
         if listener.family != socket.AF_UNIX:  # accepted sockets inherit it
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    @property
-    def threadless(self) -> bool:
-        """Whether a thread is needed to wait for a connection, and cannot be had."""
-        return not self.free and self.threads <= self.most
-
     def start_thread(self) -> None:
-        """Start one more handler thread, up to one more than there may be connections."""
+        """Start a handler thread, if there is none yet for each connection and the next one."""
         with self.room:
-            if self.threads > self.most:
-                return
-            self.threads += 1
-            self.free += 1
-        try:
-            threading.Thread(target=self.serve_forever, daemon=True).start()
-        except RuntimeError:
-            log.error("cannot start a thread: raise TasksMax= or ulimit -u")
-            with self.room:
-                self.threads -= 1
-                self.free -= 1
-                self._make_room()  # its thread will be free
+            try:
+                if self.threads <= self.most:
+                    threading.Thread(target=self.serve_forever, daemon=True).start()
+                    self.threads, self.free = self.threads + 1, self.free + 1
+            except RuntimeError:
+                log.error("cannot start a thread: raise TasksMax= or ulimit -u")
+                self.make_room()  # its thread will be free
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """A handler thread's life: take a connection, handle it to its end, take the next one."""
-        while True:
+        while self.socket.fileno() >= 0:
             try:
                 request, address = self.get_request()
             except OSError as error:
-                if self.stopping:
-                    break
                 if error.errno in OUT_OF_RESOURCES:
                     with self.room:
-                        self._make_room()
+                        self.make_room()
                         self.room.wait(RELIEF_SECONDS)
-                continue
-            with contextlib.suppress(OSError):  # the client has gone, or was shut out
+            else:
                 self.process_request(request, address)
-            self.shutdown_request(request)
-        with self.room:
-            self.threads -= 1
-            self.free -= 1
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Wait for a connection; OSError if there is none after all.
-
-        One thread waits at a time: else a connection would wake them all. At a stop, what the
-        kernel has told that it is connected is still taken, unless the socket lives on.
-        """
+        """Wait for a connection, one thread at a time: else a connection would wake them all."""
         with self.accepting:
-            self.ready.poll()
-            try:
-                waited = time.monotonic() > self.stopping + GRACE_SECONDS
-                if self.stopping and (self.activated or waited):
-                    raise BlockingIOError
-                request, address = self.socket.accept()
-            except BlockingIOError:
-                if self.stopping:
-                    self.socket.close()
-                raise
+            if self.stopping and time.monotonic() > self.stopping + GRACE_SECONDS:
+                self.socket.close()  # which ends all threads that come here
+            request, address = self.socket.accept()
         if self.tls:
             request = self.tls.wrap_socket(request, True, do_handshake_on_connect=False)
         return request, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Handle a connection to its end, when there is room and another thread for the next."""
+        """Handle a connection to its end, having seen to it that a thread waits for the next."""
         with self.room:
             self.free -= 1
-            while self.open >= self.most and not self.stopping:
-                self._make_room()
-                self.room.wait(RELIEF_SECONDS)
-            self.open += 1
-            alone = not self.free
-        try:
-            if alone:
+            if not self.free:
                 self.start_thread()
+        with contextlib.suppress(OSError), request:  # it may have gone within a handshake
             self.finish_request(request, client_address)
-        finally:
-            with self.room:
-                self.open -= 1
-                self.free += 1
-                self.room.notify()
+        with self.room:
+            self.free += 1
 
-    def shutdown_request(self, request: Any) -> None:
-        request.close()
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        exit_on_defect()
 
-    def _make_room(self) -> None:
-        """Shut the connection that has waited longest for its request, of the address with most.
-
-        So neither idle or slow ones, nor a flood from one address, keep the Live API out.
-        """
-        for handlers in sorted(self.connections.values(), key=len, reverse=True):
-            waiting = [each for each in handlers if each.deadline != NEVER and each.since != NEVER]
-            if waiting:
-                longest = min(waiting, key=lambda each: each.since)
-                longest.since = NEVER  # the next one will be another
-                longest.shut(socket.SHUT_RDWR)
-                return
+    def make_room(self) -> None:
+        """Shut the connection that has waited longest for its request, of the address with most:
+        neither idle or slow ones, nor a flood from one address, keep the Live API out."""
+        crowd = Counter(each.address for each in self.handlers)
+        waiting = [each for each in self.handlers if each.deadline != NEVER]
+        if waiting:
+            longest = min(waiting, key=lambda each: (-crowd[each.address], each.since))
+            longest.deadline = NEVER  # the next one will be another
+            longest.shut(socket.SHUT_RDWR)
 
     def sweep(self) -> None:
         """Shut what is late; at a stop, also what waits for a request and has none."""
         now = time.monotonic()
+        ending = self.stopping and now > self.stopping + GRACE_SECONDS
         with self.room:
-            for handler in itertools.chain.from_iterable(self.connections.values()):
+            for handler in self.handlers:
                 if handler.deadline <= now:
                     handler.late = True
                     # A late request still gets its 408, unless that is late too.
                     gentle = handler.state == "request" and now < handler.deadline + LINGER_SECONDS
                     handler.shut(socket.SHUT_RD if gentle else socket.SHUT_RDWR)
-                elif self.stopping and handler.state == "idle":
-                    waited = handler.head or now > self.stopping + GRACE_SECONDS
-                    if waited and not handler.has_news():
-                        handler.shut(socket.SHUT_RD)
+                elif ending and handler.state == "idle":
+                    handler.shut(socket.SHUT_RD)  # what has come can still be read
 
     def stop(self) -> bool:
         """Finish what is in flight; True if all of it could be finished in time."""
         self.stopping = time.monotonic()
-        os.eventfd_write(self.wake, 1)
-        while self.threads and time.monotonic() < self.stopping + STOP_SECONDS:
+        while time.monotonic() < self.stopping + STOP_SECONDS:
             self.sweep()
+            if self.socket.fileno() < 0 and not self.handlers:
+                break
             time.sleep(0.01)
-        return not self.threads
+        return not self.handlers
 
 
 class StrictHandler(BaseHTTPRequestHandler):
@@ -1169,9 +1096,10 @@ class StrictHandler(BaseHTTPRequestHandler):
 
     server: Server
     request: socket.socket
-    head: Head | None = None  # of the newest request
+    rfile: io.BufferedReader
+    head = NO_HEAD  # of the newest request
     instance: Instance | None = None  # whose request it is, once that is known
-    unread = False  # the request's body is still to be read
+    whole = False  # the request has been read to its end
     closing = False  # the client has been told that no other request will be served
     late = False
 
@@ -1180,8 +1108,11 @@ class StrictHandler(BaseHTTPRequestHandler):
         self.address = str(self.client_address[0]) if self.client_address else ""
         self.owed = threading.Lock()  # held while the signal log has yet to tell of a signal
         self.wait("idle", self.server.settings.timeout)
-        with self.server.room:
-            self.server.connections.setdefault(self.address, set()).add(self)
+        with (server := self.server).room:
+            while len(server.handlers) >= server.most and not server.stopping:
+                server.make_room()
+                server.room.wait(RELIEF_SECONDS)
+            server.handlers.add(self)
 
     def wait(self, state: str, seconds: float) -> None:
         """Say what is waited for: a request when idle, the rest of it, or something else.
@@ -1196,108 +1127,83 @@ class StrictHandler(BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.request, how)
 
-    def has_news(self) -> bool:
-        """Whether something has come that is not read yet."""
-        try:
-            peek = socket.MSG_PEEK | socket.MSG_DONTWAIT
-            return bool(socket.socket.recv(self.request, 1, peek))
-        except OSError:
-            return False
-
     def handle(self) -> None:
         if isinstance(self.request, ssl.SSLSocket):
             self.request.do_handshake()
             self.wait("idle", self.server.settings.timeout)
-        super().handle()
+        try:
+            super().handle()
+        except OSError:  # the client has gone, or was shut out
+            pass
+        except Exception:  # not left to the thread: finish() might wait for ever before
+            self.server.handle_error(self.request, self.client_address)
 
     def handle_one_request(self) -> None:
         """Read a request, do what it asks for, and answer it."""
-        first = self.rfile.read(1)
-        self.settle()  # until then, the answer to the last request is rendered with its fields
+        start = self.rfile.peek(1)
+        with self.owed:  # until then, the answer to the last request is rendered with its fields
+            pass
         self.close_connection = True
-        if not first or self.closing:
+        if not start or self.closing:
             return
         self.wait("request", self.server.settings.timeout)
-        self.head = self.instance = None
+        self.head, self.instance, self.whole = NO_HEAD, None, False
+        # Until the head is read: whose answer has no body.
+        self.command, self.path = "HEAD" if start.startswith(b"HEAD ") else "-", "-"
         try:
-            line = first
-            if HEAD_START.match(first):  # else it may be a TLS hello, which has no end of line
-                line += self.rfile.readline(REQUEST_LINE_BYTES - 1)
-            # Until the head is read: whose answer has no body.
-            self.command, self.path = "HEAD" if line.startswith(b"HEAD ") else "-", "-"
-            self.head = read_head(self.rfile, line)
+            if not HEAD_START.match(start):  # a TLS hello, say, which has no end of line
+                raise Refusal(400, "malformed request line")
+            self.head = read_head(self.rfile)
             self.command, self.path = self.head.method, self.head.path
-            self.unread = self.command not in ("GET", "HEAD")
             if self.head.length == 0:
-                self.received()
-            elif not self.unread:  # RFC 9110 section 9.3.1: a way to smuggle a request
+                self.read_body()
+            elif self.command in ("GET", "HEAD"):  # RFC 9110 section 9.3.1: a way to smuggle
                 raise Refusal(400, f"body with {self.command}")
-            self.find_method()()
+            self.dispatch()
         except Refusal as refusal:
-            if self.unread and self.head and not self.head.continues:
-                with contextlib.suppress(Refusal, EOFError):  # then the next one can be served
-                    self.read_body()
             self.refuse(refusal)
         except EOFError:  # the client has gone, or its time is up
             if self.late:
                 self.refuse(Refusal(408, "request not complete in time"))
 
-    def find_method(self) -> Callable[[], None]:
-        """The method that handles the request; Refusal if there is none."""
-        assert self.head
+    def dispatch(self) -> None:
+        """Call the method that handles the request; Refusal if there is none."""
         allowed = self.server.routes.get(self.path)
         if not allowed and self.path.startswith("/"):
             raise Refusal(404, "no such path", self.path[:100])
         if self.command not in (allowed or ()):  # RFC 9110 section 15.5.6
-            allow = (("Allow", ", ".join(allowed or ("GET", "HEAD", "POST"))),)
-            why = "method not allowed"
-            raise Refusal(dataclasses.replace(json_answer(405, error=why), headers=allow), why)
+            allow, why = ", ".join(allowed or ("GET", "HEAD", "POST")), "method not allowed"
+            raise Refusal(json_answer(405, {"Allow": allow}, error=why), why)
         if b"content-encoding" in self.head.fields:
             raise Refusal(415, "content coding not supported")
-        method: Callable[[], None] = getattr(self, f"do_{self.command}")
-        return method
+        getattr(self, f"do_{self.command}")()
 
     def read_body(self) -> bytes:
-        assert self.head
-        if not self.unread:
-            return b""
-        self.unread = False
-        if self.head.continues and (self.head.length or 0) <= self.server.settings.max_body:
+        """Read the request to its end, so that the next one can be told from it."""
+        head, most = self.head, self.server.settings.max_body
+        if head.continues and head.length != 0 and (head.length or 0) <= most:
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # RFC 9110 section 10.1.1
-        body = read_body(self.rfile, self.head, self.server.settings.max_body)
-        self.received()
-        return body
-
-    def received(self) -> None:
-        """The request has been read whole, so that the next one can be told from it."""
-        assert self.head
-        self.unread = False
-        self.close_connection = self.head.close
+        body = read_body(self.rfile, head, most)
+        self.close_connection, self.whole = head.close, True
         self.wait("busy", NEVER)
+        return body
 
     def refuse(self, refusal: Refusal) -> None:
         self.answer(refusal.answer)
 
     def answer(self, answer: Answer) -> None:
         self.wait("answer", self.server.settings.timeout)
-        self.since = 0.0  # who is slow to take it is the first to make room
         self.wfile.write(self.render(answer))
         self.wait("idle", self.server.settings.keepalive)
 
     def render(self, answer: Answer) -> bytes:
         """An answer's bytes; at a stop the connection ends with them."""
         self.closing = self.close_connection = self.close_connection or bool(self.server.stopping)
-        return answer.render(close=self.closing, with_body=self.command != "HEAD")
-
-    def settle(self) -> None:
-        """Wait until the signal log has told of the last signal, and its answer has left."""
-        with self.owed:
-            pass
+        return render(answer, self.closing, self.command != "HEAD", int(time.time()))
 
     def finish(self) -> None:
-        self.settle()
         try:
-            with contextlib.suppress(OSError):
+            with self.owed, contextlib.suppress(OSError):
                 if isinstance(self.request, ssl.SSLSocket):  # RFC 8446 section 6.1: say goodbye
                     self.request.settimeout(0)  # without waiting for the client's
                     with contextlib.suppress(OSError, ValueError):  # it may never have begun
@@ -1307,23 +1213,22 @@ class StrictHandler(BaseHTTPRequestHandler):
                     self._linger()
         finally:
             with self.server.room:  # from now on nobody shuts the socket, which may be another's
-                self.server.connections[self.address].remove(self)
-                if not self.server.connections[self.address]:
-                    del self.server.connections[self.address]
+                self.server.handlers.remove(self)
+                self.server.room.notify()
             super().finish()
 
     def _linger(self) -> None:
         """Wait until nothing unread is left: else a reset could overtake the answer."""
         receive = functools.partial(socket.socket.recv, self.request, DISCARD_BYTES)
-        if self.head and self.head.close and not receive(socket.MSG_DONTWAIT):
+        if self.whole and self.head.close and not receive(socket.MSG_DONTWAIT):
             return  # it has said all, and gone; BlockingIOError: it has said all
         self.wait("linger", LINGER_SECONDS)
-        self.since = 0.0
-        if not self.late:  # else the kernel resets it at the client's next byte
+        if self.late:  # it was shut, so it is at its end, and the next byte would be met by a reset
+            time.sleep(LINGER_SECONDS)
+        else:
             self.shut(socket.SHUT_WR)
-        while receive() or (self.late and time.monotonic() < self.deadline):
-            if self.late:  # having been shut it is always at its end, and yet more may come
-                time.sleep(0.01)
+        while receive():
+            pass
 
 
 class SignalHandler(StrictHandler):
@@ -1333,7 +1238,6 @@ class SignalHandler(StrictHandler):
 
     def do_GET(self) -> None:
         """A Verify: the challenge, signed; or whether signals can be stored."""
-        assert self.head
         if self.path == "/status":
             trouble = self.server.signal_log.trouble
             self.answer(STATUS_UNAVAILABLE if trouble else STATUS_OK)
@@ -1347,7 +1251,6 @@ class SignalHandler(StrictHandler):
 
     def do_POST(self) -> None:
         """A signal: authentic? then decrypt, then read; then off to the log, which will tell."""
-        assert self.head
         fields, signal_log = self.head.fields, self.server.signal_log
         instance = self.find_instance(asked=SIGNATURE in fields)
         body = self.read_body()
@@ -1359,13 +1262,13 @@ class SignalHandler(StrictHandler):
         line = signal_line(instance.name, identity, payload)
         del body, payload  # else a disk that hangs has each signal in memory twice
         self.owed.acquire()
-        known = signal_log.offer(instance.name, identity, line, self)
+        known = signal_log.offer(instance.name, identity, line, self.answered)
         del line
         if known is None:
             signal_log.commit()
             if isinstance(self.request, ssl.SSLSocket):
-                self.settle()
-                self.answer(self.outcome)
+                with self.owed:
+                    self.answer(self.outcome)
         else:
             self.owed.release()
             self.server.figures.count(instance.name, "repeated" if known else "unavailable")
@@ -1392,7 +1295,6 @@ class SignalHandler(StrictHandler):
 
     def find_instance(self, *, asked: bool) -> Instance:
         """The instance whose public key is in the request; Refusal if there is none."""
-        assert self.head
         key = self.head.fields.get(PUBLIC_KEY)
         if not key or not asked:
             raise Refusal(MISSING, "missing parameters")
@@ -1424,22 +1326,21 @@ class SignalHandler(StrictHandler):
 class Receiver(Server):
     """The public listener."""
 
+    instances: dict[bytes, Instance]
     not_reloaded = ""  # why the last reload has failed, if it has
 
     def __init__(
-        self,
-        settings: Settings,
-        listener: socket.socket,
-        instances: dict[bytes, Instance],
-        signal_log: SignalLog,
-        figures: Figures,
+        self, settings: Settings, listener: socket.socket, signal_log: SignalLog, figures: Figures
     ) -> None:
         super().__init__(listener, SignalHandler, settings, most=settings.max_connections)
-        self.instances = instances
         self.signal_log, self.figures = signal_log, figures
         self.routes = {settings.path: ("GET", "HEAD", "POST"), "/status": ("GET", "HEAD")}
         scheme = "https" if settings.tls_cert else "http"
         self.url = f"{scheme}://{address_of(listener)}{settings.path}"
+
+    def say_keys(self) -> None:
+        for key, instance in self.instances.items():  # as it is said of an unknown one
+            log.info("public key of %s: SHA-256 %s...", instance.name, fingerprint(key))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1556,26 +1457,23 @@ CSP += "; frame-ancestors 'none'"
 for _tag in ("style", "script"):  # the page's own, and no other (CSP level 3)
     _text = CONSOLE_PAGE.partition(f"<{_tag}>")[2].partition(f"</{_tag}>")[0].encode()
     CSP += f"; {_tag}-src 'sha256-{base64.b64encode(hashlib.sha256(_text).digest()).decode()}'"
-_SAME_ORIGIN = ("Cross-Origin-Resource-Policy", "same-origin")
-_AS_DECLARED, _NOT_KEPT = ("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store")
-CONSOLE_HEADERS = (("Content-Security-Policy", CSP), _SAME_ORIGIN, _AS_DECLARED, _NOT_KEPT)
+CONSOLE_HEADERS = {"Content-Security-Policy": CSP, "Cross-Origin-Resource-Policy": "same-origin"}
+CONSOLE_HEADERS |= {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 
 
 def follow(signal_log: SignalLog) -> Iterator[bytes]:
     """The log as tail -n 100 -F shows it, but only what is synced; b"" where nothing is new."""
     offset = -1  # the first line to show is still to be found
     while True:
-        before = signal_log.identity
         with open(signal_log.disk.open_to_read(CURRENT), "rb") as file:
-            identity, there = before, os.fstat(file.fileno())
-            this = (there.st_dev, there.st_ino)
-            while there.st_size >= offset and identity in (this, before):
-                identity, size = signal_log.identity, signal_log.size
-                if identity != signal_log.identity:
-                    identity = before
-                    continue  # another segment is being opened
+            end, known, current = 0, False, True
+            while current and offset <= end:
+                *this, size = signal_log.place
                 there = os.fstat(file.fileno())
-                end = size if identity == this else there.st_size
+                current = this == [there.st_dev, there.st_ino]
+                known = known or current
+                # A segment that was the open one, and is closed now, has been synced whole.
+                end = size if current else there.st_size if known else 0
                 if offset < 0:
                     file.seek(max(0, end - STREAM_BYTES))
                     last = file.read(end - file.tell()).splitlines(True)[-STREAM_LINES:]
@@ -1593,13 +1491,12 @@ class ConsoleHandler(StrictHandler):
 
     server: Console
 
-    def find_method(self) -> Callable[[], None]:
-        assert self.head
+    def dispatch(self) -> None:
         host = self.head.fields.get(b"host", b"").decode().lower()
         site = self.head.fields.get(b"sec-fetch-site", b"none")
         if host not in self.server.hosts or site not in (b"none", b"same-origin"):
             raise Refusal(403, "this console answers at its own address, to its own page only")
-        return super().find_method()
+        super().dispatch()
 
     def do_GET(self) -> None:
         receiver = self.server.receiver
@@ -1631,19 +1528,25 @@ class ConsoleHandler(StrictHandler):
                     time.sleep(STREAM_PAUSE)
 
     def render(self, answer: Answer) -> bytes:
-        return super().render(dataclasses.replace(answer, headers=answer.headers + CONSOLE_HEADERS))
+        headers = {**answer.headers, **CONSOLE_HEADERS}
+        return super().render(dataclasses.replace(answer, headers=headers))
 
 
 def console_status(receiver: Receiver) -> dict[str, Any]:
-    """What the console's /status and its page say."""
+    """What the console's /status and its page say, and /metrics in its own way."""
     figures, trouble = receiver.figures, receiver.signal_log.trouble
 
     def known_of(name: str) -> dict[str, Any]:
         verified, received = figures.verified.get(name), figures.received.get(name)
-        moments = {"last_verify_at": verified, "last_signal_at": received}
-        results = {result: figures.signals[name, result] for result in RESULTS}
-        refused = {why: count for (who, why), count in figures.refused.items() if who == name}
-        return {"instance": name, **moments, **results, "refused": refused}
+        known: dict[str, Any] = {
+            "instance": name,
+            "last_verify_at": verified,
+            "last_signal_at": received,
+        }
+        known |= {result: figures.signals[name, result] for result in RESULTS}
+        return known | {
+            "refused": {why: n for (who, why), n in figures.refused.items() if who == name}
+        }
 
     with figures.counting:
         return {
@@ -1653,8 +1556,8 @@ def console_status(receiver: Receiver) -> dict[str, Any]:
             "started_at": figures.started,
             "endpoint": receiver.url,
             "segment": CURRENT,
-            "segment_bytes": receiver.signal_log.size,
-            "connections": receiver.open,
+            "segment_bytes": receiver.signal_log.place[2],
+            "connections": len(receiver.handlers),
             "instances": [known_of(name) for name in names_of(receiver.instances)],
             "refused": known_of("")["refused"],
             "refusals": list(figures.refusals),
@@ -1664,36 +1567,37 @@ def console_status(receiver: Receiver) -> dict[str, Any]:
 def metrics(receiver: Receiver) -> bytes:
     """The figures in Prometheus' text format 0.0.4."""
     figures, signal_log, names = receiver.figures, receiver.signal_log, names_of(receiver.instances)
+    text = list[str]()
 
-    def seconds(moments: dict[str, str]) -> dict[str, float]:
-        known = [(name, datetime.fromisoformat(moments[name])) for name in names if name in moments]
-        return {f'{{instance="{name}"}}': when.timestamp() for name, when in known}
+    def say(name: str, kind: str, what: str, samples: Mapping[str, float]) -> None:
+        text.append(f"# HELP liveapi_{name} {what}.\n# TYPE liveapi_{name} {kind}\n")
+        text.extend(f"liveapi_{name}{rest} {value}\n" for rest, value in samples.items())
 
     def by(label: str, counts: dict[tuple[str, str], int]) -> dict[str, float]:
         return {f'{{instance="{name}",{label}="{of}"}}': n for (name, of), n in counts.items()}
 
+    def seconds(moments: dict[str, str]) -> dict[str, float]:
+        known = [(name, moments[name]) for name in names if name in moments]
+        return {
+            f'{{instance="{name}"}}': datetime.fromisoformat(moment).timestamp()
+            for name, moment in known
+        }
+
     with figures.counting:
         every = {key: figures.signals[key] for key in itertools.product([*names, ""], RESULTS)}
-        spent = {"_sum": round(figures.commit_seconds, 6), "_count": figures.commits}
         started = datetime.fromisoformat(figures.started).timestamp()
-        families: Sequence[tuple[str, str, Mapping[str, float]]] = (
-            ("signals_total counter", "Signals by what became of them", by("result", every)),
-            ("refused_total counter", "Requests refused", by("reason", figures.refused)),
-            ("last_signal_timestamp_seconds gauge", "Last stored", seconds(figures.received)),
-            ("last_verify_timestamp_seconds gauge", "Last answered", seconds(figures.verified)),
-            ("storing gauge", "1 if signals can be stored", {"": int(not signal_log.trouble)}),
-            ("connections gauge", "Open connections of the endpoint", {"": receiver.open}),
-            ("segment_bytes gauge", "Size of the open segment", {"": signal_log.size}),
-            ("start_time_seconds gauge", "When it was started", {"": started}),
-            ("commit_duration_seconds summary", "Writing and syncing a batch", spent),
-            ("commit_lines_total counter", "Lines synced", {"": figures.total("stored")}),
-        )
-    text = ""
-    for kind, what, samples in families:
-        name = f"liveapi_{kind.partition(' ')[0]}"
-        text += f"# HELP {name} {what}.\n# TYPE liveapi_{kind}\n"
-        text += "".join(f"{name}{rest} {value}\n" for rest, value in samples.items())
-    return text.encode()
+        spent = {"_sum": round(figures.commit_seconds, 6), "_count": figures.commits}
+        say("signals_total", "counter", "Signals by what became of them", by("result", every))
+        say("refused_total", "counter", "Requests refused", by("reason", figures.refused))
+        say("last_signal_timestamp_seconds", "gauge", "Last stored", seconds(figures.received))
+        say("last_verify_timestamp_seconds", "gauge", "Last answered", seconds(figures.verified))
+        say("storing", "gauge", "1 if signals can be stored", {"": int(not signal_log.trouble)})
+        say("connections", "gauge", "Open ones of the endpoint", {"": len(receiver.handlers)})
+        say("segment_bytes", "gauge", "Size of the open segment", {"": signal_log.place[2]})
+        say("start_time_seconds", "gauge", "Start", {"": started})
+        say("commit_duration_seconds", "summary", "Writing and syncing a batch", spent)
+        say("commit_lines_total", "counter", "Lines synced", {"": figures.total("stored")})
+    return "".join(text).encode()
 
 
 class Console(Server):
@@ -1723,6 +1627,7 @@ def from_to(least: float, most: float, kind: Callable[[str], float] = int) -> Ca
 
 
 PORT, SECONDS = from_to(0, 65535), from_to(0.001, 999999, float)
+LOG_BYTES = 4096  # of a log line: so much enters a pipe whole, or not at all (pipe(7), PIPE_BUF)
 
 
 def endpoint_path(text: str) -> str:
@@ -1827,7 +1732,21 @@ class StandardError(logging.Handler):
     The pipe is the queue. When it is full, for nobody reads it, lines are dropped and counted.
     """
 
-    fd, dropped, journal = 2, 0, False
+    fd, dropped = 2, 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        while (spare := os.open(os.devnull, os.O_RDWR)) < 3:
+            pass  # standard error may be closed: nothing else may get its number
+        os.close(spare)
+        there = os.fstat(2)
+        self.journal = os.environ.get("JOURNAL_STREAM") == f"{there.st_dev}:{there.st_ino}"
+        if not stat.S_ISREG(there.st_mode):
+            flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+            try:  # opened anew: not to block is nobody else's then
+                self.fd = os.open("/proc/self/fd/2", flags)
+            except OSError:  # a socket: the journal's
+                os.set_blocking(2, False)
 
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)
@@ -1837,9 +1756,7 @@ class StandardError(logging.Handler):
         start = f"<{priority}>" if self.journal else f"{now_rfc3339()} {record.levelname.lower()}: "
         lines = (start + text.replace("\n", "\n" + start)).encode(errors="backslashreplace")
         try:
-            if not select.select((), (self.fd,), (), 0)[1]:
-                raise BlockingIOError
-            os.write(self.fd, lines[: select.PIPE_BUF - 1] + b"\n")  # there is room for so much
+            os.write(self.fd, lines[: LOG_BYTES - 1] + b"\n")
             self.dropped = 0
         except BlockingIOError:
             self.dropped += 1
@@ -1847,71 +1764,51 @@ class StandardError(logging.Handler):
             pass  # nobody can read it
 
 
-def setup_logging() -> None:
-    while (spare := os.open(os.devnull, os.O_RDWR)) < 3:
-        pass  # standard error may be closed: nothing else may get its number
-    os.close(spare)
-    there, handler = os.fstat(2), StandardError()
-    if stat.S_ISCHR(there.st_mode) or stat.S_ISFIFO(there.st_mode):
-        with contextlib.suppress(OSError):  # opened anew: not to block is nobody else's then
-            flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-            handler.fd = os.open("/proc/self/fd/2", flags)
-    handler.journal = os.environ.get("JOURNAL_STREAM") == f"{there.st_dev}:{there.st_ino}"
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
-
-
-def exit_on_defect(defect: threading.ExceptHookArgs) -> None:
+def exit_on_defect(*_: Any) -> NoReturn:
     """Better a restart than signals that nobody takes any more."""
     with contextlib.suppress(Exception):
-        log.critical("a defect: please report it", exc_info=defect.exc_value)
+        log.critical("a defect: please report it", exc_info=True)
     os._exit(1)
 
 
 def open_servers(settings: Settings) -> tuple[Receiver, list[Server]]:
-    """The receiver with its log open, and all servers: it and the console; OperatorError."""
-    instances, tls = load_instances(settings.keys), load_tls(settings)
-    given = activated_listeners()
+    """The receiver, with its log open, and the console if there is one; OperatorError."""
+    instances, tls, given = load_instances(settings.keys), load_tls(settings), activated_listeners()
     if "live" in given and (settings.host, settings.port) != (None, None):
         log.warning("--host and --port have no effect: systemd listens (see liveapi.socket)")
     port = 3014 if settings.port is None else settings.port
     listener = given.get("live") or open_listener(settings.host or "127.0.0.1", port)
     console = given.get("console") or (settings.console and open_listener(*settings.console))
-    figures, path, window = Figures(), settings.signals, settings.dedupe
-    disk, size, told = Disk(path), settings.segment_bytes, figures.committed
+    figures, path = Figures(), settings.signals
+    signal_log = SignalLog(Disk(path), settings.dedupe, settings.segment_bytes, figures.committed)
+    receiver = Receiver(settings, listener, signal_log, figures)
+    receiver.instances, receiver.tls = instances, tls
     try:
         made = [each for each in (path, *path.parents) if not each.exists()]
         path.mkdir(parents=True, exist_ok=True)
         for each in made:  # a power loss must not take the directory with what is in it
             Disk(each.parent).sync_directory()
-        signal_log = SignalLog(disk, window=window, segment_bytes=size, committed=told)
         signal_log.start()
     except OSError as error:
         locked = isinstance(error, BlockingIOError)
         reason = "another server is using it" if locked else error.strerror
         raise OperatorError(f"cannot open the log in {path}: {reason}") from None
     figures.received.update(signal_log.last_received)
-    receiver = Receiver(settings, listener, instances, signal_log, figures)
-    receiver.tls, receiver.activated = tls, "live" in given
-    return receiver, [receiver, Console(receiver, console)] if console else [receiver]
+    return receiver, [Console(receiver, console)] if console else []
 
 
-def start_servers(receiver: Receiver, servers: Sequence[Server]) -> None:
+def start_servers(receiver: Receiver, others: list[Server]) -> None:
     """Have threads receive, tend the log, show the console, and keep house."""
     threading.excepthook = exit_on_defect
     threading.Thread(target=receiver.signal_log.run, daemon=True).start()
-    for server in servers:
+    for server in (receiver, *others):
         server.start_thread()
+    threading.Thread(target=keep_house, args=(receiver, others), daemon=True).start()
     names = ", ".join(names_of(receiver.instances))
     log.info("ready on %s for %s; signals go to %s", receiver.url, names, receiver.settings.signals)
-    say_keys(receiver.instances)
-    threading.Thread(target=keep_house, args=(receiver, servers), daemon=True).start()
-    for console in servers[1:]:
+    receiver.say_keys()
+    for console in others:
         log.info("console on http://%s/", address_of(console.socket))
-
-
-def say_keys(instances: Mapping[bytes, Instance]) -> None:
-    for key, instance in instances.items():  # the line for an unknown public key has the same
-        log.info("public key of %s: SHA-256 %s...", instance.name, fingerprint(key))
 
 
 def serve(settings: Settings) -> NoReturn:
@@ -1920,22 +1817,22 @@ def serve(settings: Settings) -> NoReturn:
     signal.pthread_sigmask(signal.SIG_BLOCK, hangup)
     for each in ends:  # a start can take long, but is not waited for
         signal.signal(each, lambda *_: os._exit(0))
-    receiver, servers = open_servers(settings)
+    receiver, others = open_servers(settings)
     # Blocked in every thread and taken one by one below: none can be lost, none interrupts.
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)
-    start_servers(receiver, servers)
+    start_servers(receiver, others)
     notify("READY=1")
     while (number := signal.sigwait(hangup | ends)) == signal.SIGHUP:
         reload(receiver)
     notify("STOPPING=1\nSTATUS=finishing what is in flight")
     log.info("stopping on %s", signal.Signals(number).name)
     if not receiver.stop():
-        log.warning("stopped with %d connections unfinished", receiver.open)
+        log.warning("stopped with %d connections unfinished", len(receiver.handlers))
     log.info("stopped: %s", receiver.figures.summary())
     os._exit(0)  # threads that wait, be it for a disk that hangs, end with it
 
 
-def keep_house(receiver: Receiver, servers: Sequence[Server]) -> NoReturn:
+def keep_house(receiver: Receiver, others: list[Server]) -> NoReturn:
     """A thread's life: look now and then at deadlines and the clock, and tell the status.
 
     It takes all locks but the disk's: should one be held for good, there are no more pings.
@@ -1944,7 +1841,7 @@ def keep_house(receiver: Receiver, servers: Sequence[Server]) -> NoReturn:
     watchdog = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 or NEVER
     pause = min(SWEEP_SECONDS, settings.timeout / 5, settings.keepalive / 5, watchdog / 4)
     while True:
-        for server in servers:
+        for server in (receiver, *others):
             server.sweep()
         if signal_log.is_due():
             signal_log.untended.set()
@@ -1953,7 +1850,7 @@ def keep_house(receiver: Receiver, servers: Sequence[Server]) -> NoReturn:
         if not receiver.stopping:
             notify(f"STATUS={state}{receiver.not_reloaded}: {receiver.figures.summary()}")
         with signal_log.turn:
-            alive = not receiver.threadless
+            alive = receiver.free or receiver.threads > receiver.most
         if watchdog != NEVER and alive:
             notify("WATCHDOG=1")
         time.sleep(pause)
@@ -1965,8 +1862,8 @@ def reload(receiver: Receiver) -> None:
     try:
         instances, tls = load_instances(receiver.settings.keys), load_tls(receiver.settings)
         receiver.instances, receiver.tls, receiver.not_reloaded = instances, tls, ""
-        log.info("reloaded: receiving for %s", ", ".join(names_of(instances)))
-        say_keys(instances)
+        log.info("reloaded: receiving for %s", ", ".join(names_of(receiver.instances)))
+        receiver.say_keys()
     except OperatorError as error:
         receiver.not_reloaded = f"; NOT RELOADED ({error})"
         log.error("not reloaded, the old keys and certificates stay in force: %s", error)
@@ -1988,16 +1885,17 @@ CALL_SECONDS = 10.0  # for an answer to a call of check or demo
 
 def make_signal(kind: str) -> bytes:
     """A signal as the Live API would send it, unlike any other."""
-    data = {"id": secrets.token_hex(12), "deviceID": secrets.token_hex(16)}
-    if not kind.startswith("application"):
-        data["userID"] = "user@example.com"
-    kind, now = f"re.notifica.event.{kind}", time.time_ns() // 1_000_000
+    who = {"userID": "user@example.com", "deviceID": secrets.token_hex(16)}
+    data, now = {"id": secrets.token_hex(12), **who}, time.time_ns() // 1_000_000
+    kind = f"re.notifica.event.{kind}"
     envelope = {"service": "liveapi_server", "type": kind, "data": data, "timestamp": now}
     return json.dumps(envelope, separators=(",", ":")).encode()
 
 
 class LiveAPI:
     """The Live API's side of the wire: calls an endpoint, and prints a line for each call."""
+
+    connection: http.client.HTTPConnection
 
     def __init__(self, url: str, *, insecure: bool = False) -> None:
         try:
@@ -2007,11 +1905,13 @@ class LiveAPI:
                 raise ValueError
         except ValueError:
             raise OperatorError(f"{url!r} is no endpoint: give it as https://HOST/live") from None
-        self.connection = http.client.HTTPConnection(host, port)
-        if parts.scheme == "https":
+        if parts.scheme == "http":
+            self.connection = http.client.HTTPConnection(host, port, CALL_SECONDS)
+        else:
             tls = ssl._create_unverified_context() if insecure else ssl.create_default_context()
-            self.connection = http.client.HTTPSConnection(host, port, context=tls)
-        self.connection.timeout = CALL_SECONDS
+            self.connection = http.client.HTTPSConnection(
+                host, port, timeout=CALL_SECONDS, context=tls
+            )
         self.url, self.calls, self.failed = url, 0, 0
         self.target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
 
@@ -2060,7 +1960,7 @@ def why_no_answer(error: Exception) -> str:
         return f"it does not speak TLS; try http:// ({error.args[-1]})"
     if isinstance(error, (http.client.HTTPException, ConnectionResetError)):
         return "it does not speak HTTP; if it speaks TLS, try https://"
-    return getattr(error, "strerror", None) or str(error) or repr(error)
+    return str(error)
 
 
 def check(url: str, keys: Path, name: str | None, *, insecure: bool) -> int:
@@ -2097,16 +1997,14 @@ def demo(*, console: bool) -> int:
     keys, signals = directory / "keys", directory / "signals"
     keys.mkdir()
     for half in ("public", "private"):
-        (keys / f"demo.{half}").touch(mode=0o600)
         (keys / f"demo.{half}").write_text(secrets.token_hex(32))
     address = ("127.0.0.1", 0) if console else None
-    receiver, servers = open_servers(Settings(keys=keys, signals=signals, port=0, console=address))
-    start_servers(receiver, servers)
+    receiver, others = open_servers(Settings(keys=keys, signals=signals, port=0, console=address))
+    start_servers(receiver, others)
     print("\nplaying the Live API against a receiver with throw-away keys\n", flush=True)
     (pair,) = receiver.instances.values()
-    api = LiveAPI(receiver.url)
+    api, acknowledged = LiveAPI(receiver.url), []
     api.verify("Verify: a challenge", pair)
-    acknowledged = []
     for kind, encrypted in itertools.product(DOCUMENTED_TYPES, (False, True)):
         payload = make_signal(kind)
         if api.send(kind + ", encrypted" * encrypted, pair, payload, encrypted=encrypted):
@@ -2118,9 +2016,9 @@ def demo(*, console: bool) -> int:
     print(f"\nthe last of {len(lines)} stored lines:\n", *lines[-3:], sep="\n  ")
     print(f"\n{len(acknowledged)} signals acknowledged, {missing} of them not in the log once")
     print(f"the log: {signals / CURRENT}", flush=True)
-    if console:
+    for server in others:
         print("signals keep coming; end it with Ctrl-C; look at them on the console:")
-        print(f"http://{address_of(servers[1].socket)}/", flush=True)
+        print(f"http://{address_of(server.socket)}/", flush=True)
         with contextlib.redirect_stdout(None), contextlib.suppress(KeyboardInterrupt):
             while True:
                 kind, encrypted = secrets.choice(DOCUMENTED_TYPES), secrets.randbelow(5) == 0
@@ -2136,7 +2034,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_arguments(words: list[str]) -> dict[str, Any]:
-    about = "Receive the signals of Notificare's Live API and keep each one, once, on disk."
+    about = (__doc__ or "").partition("\n")[0]
     after = "Options of serve, the default command: liveapi_server.py serve --help"
     parser = _Parser(prog="liveapi_server.py", description=about, epilog=after, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
@@ -2152,7 +2050,7 @@ def parse_arguments(words: list[str]) -> dict[str, Any]:
     serving.add_argument("--version", action="version", version=f"liveapi_server {__version__}")
     checking = add("check", help="play the Live API's side against an endpoint")
     checking.add_argument("url", metavar="URL", help="the endpoint, as the Dashboard has it")
-    checking.add_argument("--keys", metavar="DIR", type=Path, default=Path("keys"), help="keys/")
+    checking.add_argument("--keys", metavar="DIR", type=Path, default="keys", help="keys/")
     checking.add_argument("--instance", metavar="NAME", dest="name", help="only this instance")
     checking.add_argument("--insecure", action="store_true", help="trust any certificate")
     showing = add("demo", help="see it work: no keys, no account, one command")
@@ -2165,7 +2063,8 @@ def main() -> int:
     words = sys.argv[1:]
     if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help")):
         words.insert(0, "serve")
-    setup_logging()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[StandardError()])
+    os.umask(0o027)  # the segments' mode is 0640
     try:
         arguments = parse_arguments(words)
         command = arguments.pop("command")

@@ -5,6 +5,8 @@ That there is one file to run, and what it needs, is tested here too.
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import os
 import re
@@ -21,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from harness import PROGRAM, ROOT, Pair, Receiver, eventually, free_ports, run
+from harness import PROGRAM, ROOT, Pair, Receiver, eventually, free_ports, run, signal_payload
 from peers import Certificate, Endpoint, make_certificate, serve_endpoint
 
 OPTIONS = dict(
@@ -273,6 +275,17 @@ def test_a_defect_in_a_thread_ends_it_with_status_1_whatever_becomes_of_the_log(
     )
     assert result.returncode == 1, result.stderr
     assert ("a defect" in result.stderr) == (stderr == "read")
+
+
+def test_a_defect_while_a_signal_is_stored_ends_it_with_status_1(
+    start: Callable[..., Receiver], pair: Pair
+) -> None:
+    program = BROKEN.replace("SignalLog.run", "Figures.committed")
+    program = program.replace("import liveapi_server", "import liveapi_server; del sys.argv[1:3]")
+    receiver = start(wrapper=(sys.executable, "-c", program), env={"PYTHONPATH": str(ROOT)})
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        receiver.post(pair, signal_payload())
+    assert receiver.process.wait(10) == 1
 
 
 # --- check ------------------------------------------------------------------------------------

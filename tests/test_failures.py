@@ -184,14 +184,14 @@ def test_a_start_on_a_full_disk_starts_and_says_so_and_stores_when_there_is_spac
 
 
 @needs_strace
-@pytest.mark.parametrize("segment", SEGMENTS)
-def test_a_start_that_cannot_sync_a_segment_exits_with_status_2(
-    tmp_path: Path, pair: Pair, segment: str
+@pytest.mark.parametrize("file", [*SEGMENTS, ".lock"])
+def test_a_start_that_cannot_sync_a_segment_or_open_the_lock_exits_with_status_2(
+    tmp_path: Path, pair: Pair, file: str
 ) -> None:
     pair.write(tmp_path / "keys")
-    path = tmp_path / "signals" / segment
+    path = tmp_path / "signals" / file
     path.parent.mkdir()
-    path.write_bytes(stored_line(signal_payload()))
+    path.mkdir() if file == ".lock" else path.write_bytes(stored_line(signal_payload()))
     fault = ("-P", str(path), "-e", "inject=fdatasync:error=EIO")
     line = refused_start(tmp_path, wrapper=("strace", "-f", "-o", "/dev/null", *fault))
     assert "signals" in line
@@ -217,7 +217,7 @@ FAULTS = {
 }
 NO_DIRECTORY = ("a file for the directory", "a link to nothing for the directory")
 OBSTACLES = ("nothing may change", "read-only", "a directory for the segment", "a named pipe")
-OBSTACLES += ("a directory for the lock", *NO_DIRECTORY)
+OBSTACLES += NO_DIRECTORY
 TOO_LARGE = "no file may get as large"
 
 
@@ -251,11 +251,9 @@ def trouble(kind: str, receiver: Receiver) -> Iterator[None]:
         signals.unlink()
         aside.rename(signals)
     else:
-        inside = signals / ".lock" if "lock" in kind else current
-        inside.unlink(missing_ok=True)
-        os.mkfifo(inside) if kind == "a named pipe" else inside.mkdir()
+        os.mkfifo(current) if kind == "a named pipe" else current.mkdir()
         yield
-        inside.rename(aside)
+        current.rename(aside)
 
 
 @pytest.mark.parametrize(
@@ -512,9 +510,7 @@ def test_a_file_with_an_impossible_time_in_its_name_does_no_harm(
     no_traceback(receiver)
 
 
-def test_a_directory_put_in_the_old_ones_place_is_used_from_the_next_signal_on_and_locked(
-    kept: Kept,
-) -> None:
+def test_a_directory_put_in_the_old_ones_place_is_used_from_the_next_signal_on(kept: Kept) -> None:
     receiver, fresh = kept.receiver, signal_payload()
     aside = receiver.directory / "aside"
     receiver.signals.rename(aside)
@@ -522,4 +518,3 @@ def test_a_directory_put_in_the_old_ones_place_is_used_from_the_next_signal_on_a
     store(receiver, kept.pair, fresh)
     assert receiver.ids() == ids(fresh)
     assert (aside / "current.jsonl").read_bytes() == kept.bytes
-    refused_start(receiver.directory)

@@ -809,7 +809,7 @@ def test_pipelined_requests_are_answered_in_their_order(shared: Receiver) -> Non
         post_bytes(VECTOR, b"no signal"),
         post_bytes(VECTOR, good),
         in_chunks(VECTOR, signal_payload(), 40),
-        request_bytes("PUT", "/live", VECTOR.headers(good), good),
+        request_bytes("PUT", "/live", VECTOR.headers(b"")),
         request_bytes("GET", "/live?challenge=c", KEY),
         *(post_bytes(VECTOR, signal_payload()) for _ in range(30)),
     ]
@@ -822,6 +822,12 @@ def test_pipelined_requests_are_answered_in_their_order(shared: Receiver) -> Non
             assert answers[1].json == {"status": "ok"}
             assert answers[7].body.decode() == VECTOR.sign(b"c")
             assert all(answers[at].json == ACCEPTED for at in (0, 4, 5, *range(8, 38)))
+
+
+def test_bytes_that_begin_no_request_are_refused_by_the_first_of_them(shared: Receiver) -> None:
+    """A TLS hello on a plain port, say: it may be all that comes."""
+    for first in (0, 9, 10, 22, 32, 34, 127, 128, 255):
+        refused(ask(shared.port, bytes([first])), 400)
 
 
 def test_nothing_after_a_request_that_closes_is_answered(shared: Receiver) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import functools
 import hashlib
 import itertools
 import re
@@ -96,8 +97,6 @@ class PaperDisk(liveapi_server.Disk):
     tried again on the same bytes, and that no file is written over.
     """
 
-    lock = 0  # always held
-
     def __init__(self, now: Callable[[], float] | None = None) -> None:
         self.seen: Names = {}
         self.safe: Names = {}
@@ -110,7 +109,7 @@ class PaperDisk(liveapi_server.Disk):
 
     # What the program calls
 
-    def hold(self) -> None:
+    def lock(self) -> None:
         pass
 
     def names(self) -> list[str]:
@@ -332,8 +331,8 @@ class Sender:
             instance, payload = message
             identity = hashlib.sha256(payload).digest()[:16]
             line = liveapi_server.signal_line(instance, identity, payload)
-            waiter = SimpleNamespace(answered=lambda stored, m=message: self.note(m, stored))
-            self.note(message, self.log.offer(instance, identity, line, waiter))
+            note = functools.partial(self.note, message)
+            note(self.log.offer(instance, identity, line, note))
         self.log.commit()
         return self.answered
 

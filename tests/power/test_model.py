@@ -236,14 +236,14 @@ class LogMachine(RuleBasedStateMachine):
     @invariant()
     def log_is_right(self) -> None:
         lines: list[bytes] = []
-        newest = max(self.closed, default="")
+        log, newest = self.sender.log, max(self.closed, default="")
         for name in self.disk.segments():
             text = self.disk.seen[name].seen
             if name != CURRENT:
                 assert name in self.closed or name > newest, f"{name} does not sort as the newest"
                 assert self.closed.setdefault(name, text) == text, f"{name} has changed"
-            elif not self.sender.log.able:  # it may not be cut yet
-                text = text[: self.sender.log.size]
+            elif log.failure and (log.damaged or log.fd < 0):  # it may not be cut yet
+                text = text[: log.place[2]]
             if name == CURRENT and self.taken:  # a stranger may have torn it
                 text = text[: text.rfind(b"\n") + 1]
             lines += whole_lines(text)
