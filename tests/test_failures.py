@@ -285,12 +285,10 @@ def test_while_nothing_can_be_stored_it_says_so_and_serves_the_rest_and_then_a_n
 
 
 @needs_strace
-def test_after_one_failure_status_is_503_until_a_trial_half_a_second_later(
-    kept: Kept, tmp_path: Path
-) -> None:
+def test_after_one_failure_status_is_503_until_a_trial_half_a_second_later(kept: Kept) -> None:
     receiver = kept.receiver
     fault = "fdatasync:error=EIO:when=1"
-    with injected(receiver, tmp_path / "t", fault, only="current.jsonl"):
+    with injected(receiver, receiver.directory / "t", fault, only="current.jsonl"):
         began = time.monotonic()
         assert is_unavailable(receiver.post(kept.pair, signal_payload()))
         while time.monotonic() < began + 0.3:
@@ -300,9 +298,7 @@ def test_after_one_failure_status_is_503_until_a_trial_half_a_second_later(
     assert not (receiver.signals / ".trial").exists()
 
 
-def test_a_short_write_is_cut_back_at_once_and_the_next_file_takes_what_is_sent_again(
-    kept: Kept,
-) -> None:
+def test_a_short_write_is_cut_back_at_once_and_the_next_file_takes_what_comes(kept: Kept) -> None:
     # A limit on the size of one file is no reason to refuse what has room in another.
     receiver, lost = kept.receiver, signal_payload()
     with file_size_limit(receiver, len(kept.bytes) + 50):
@@ -483,9 +479,7 @@ def test_a_segment_that_someone_took_away_is_not_written_to_and_one_that_was_cut
     assert receiver.ids() == ids(*found, *fresh)
 
 
-def test_a_segment_renamed_under_load_again_and_again_loses_nothing(
-    receiver: Receiver, pair: Pair
-) -> None:
+def test_a_segment_renamed_under_load_loses_nothing(receiver: Receiver, pair: Pair) -> None:
     with Load((pair,), receiver.port) as load:
         for number in range(10):
             load.reach(15)
