@@ -324,6 +324,7 @@ def test_a_closing_that_is_due_and_cannot_rename_leaves_the_segment_open_and_sto
         assert receiver.closed_segments() == []
     eventually(receiver.closed_segments, seconds=5)
     store(receiver, pair, *payloads)
+    assert receiver.stop() == 0
     assert receiver.ids() == ids(*payloads)
     assert receiver.closed_segments()[0].read_bytes().count(b"\n") >= 5
     no_traceback(receiver)
@@ -499,6 +500,7 @@ def test_a_file_with_an_impossible_time_in_its_name_does_no_harm(
     receiver = start("--segment-bytes", "300")
     payloads = [signal_payload() for _ in range(4)]
     store(receiver, pair, *payloads)
+    assert receiver.stop() == 0
     assert sorted(receiver.ids()) == sorted(ids(*payloads))
     assert stray.stat().st_size == 0
     no_traceback(receiver)

@@ -69,7 +69,7 @@ def test_segments_have_mode_0640_and_the_lock_0600_whatever_the_umask(
     mask = ("sh", "-c", f'umask {umask}; exec "$@"', "sh")
     receiver = start("--segment-bytes", "400", wrapper=mask)
     store(receiver, pair, *(signal_payload() for _ in range(5)))
-    eventually(receiver.closed_segments)
+    receiver.stop()
     modes = {path: stat.S_IMODE(path.stat().st_mode) for path in receiver.signals.iterdir()}
     assert modes.pop(receiver.signals / ".lock") == 0o600
     assert len(modes) >= 2
