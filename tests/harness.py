@@ -17,7 +17,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "liveapi_server.py"
+COMMAND = (sys.executable, str(PROGRAM))
 sys.set_int_max_str_digits(0)  # a signal's numbers may be of any size
 
 ACCEPTED = {"message": "message received"}
@@ -109,6 +111,11 @@ class Answer:
         return "close" in self.headers.get("connection", "").lower().split(", ")
 
 
+def bash(script: str) -> tuple[str, ...]:
+    """A wrapper: `script`, in which "$@" is the program and its options."""
+    return ("bash", "-c", script, "bash")
+
+
 class Receiver:
     """The real program in a process of its own; `url` and `port` are known once it is ready."""
 
@@ -120,6 +127,7 @@ class Receiver:
         env: dict[str, str] | None = None,
         wrapper: tuple[str, ...] = (),
         port: int = 0,
+        ready: bool = True,
     ) -> None:
         self.directory = directory
         self.keys = directory / "keys"
@@ -127,7 +135,7 @@ class Receiver:
         for pair in pairs:
             pair.write(self.keys)
         self.log: list[str] = []
-        self.command = [*wrapper, sys.executable, str(PROGRAM), "--keys", str(self.keys)]
+        self.command = [*wrapper, *COMMAND, "--keys", str(self.keys)]
         self.command += ["--signals", str(self.signals), "--port", str(port), *options]
         self.process = subprocess.Popen(
             self.command,
@@ -138,24 +146,27 @@ class Receiver:
             env={**os.environ, **(env or {})},
         )
         self._changed = threading.Condition()
-        threading.Thread(target=self._read_log, daemon=True).start()
-        line = self.wait_for_log(r"https?://\S+", 20)
-        found = re.search(r"(https?://[^\s,;]+)", line)
-        assert found
-        self.url = found[1].rstrip(".")
-        parts = urlsplit(self.url)
-        assert parts.hostname
-        assert parts.port
-        self.scheme, self.host, self.port = parts.scheme, parts.hostname, parts.port
+        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._reader.start()
+        self.scheme, self.host, self.port = "http", "127.0.0.1", port
+        if ready:
+            found = re.search(r"https?://[^\s,;]+", self.wait_for_log(r"https?://\S+", 20))
+            assert found
+            self.url = found[0].rstrip(".")
+            parts = urlsplit(self.url)
+            assert parts.hostname
+            assert parts.port
+            self.scheme, self.host, self.port = parts.scheme, parts.hostname, parts.port
 
     def _read_log(self) -> None:
         assert self.process.stderr
         for line in self.process.stderr:
-            with self._changed:
-                self.log.append(line.rstrip("\n"))
-                self._changed.notify_all()
+            self._log(line.rstrip("\n"))
+        self._log("(end of log)")
+
+    def _log(self, line: str) -> None:
         with self._changed:
-            self.log.append("(end of log)")
+            self.log.append(line)
             self._changed.notify_all()
 
     def wait_for_log(self, pattern: str, seconds: float = 10, start: int = 0) -> str:
@@ -172,12 +183,10 @@ class Receiver:
                 self._changed.wait(left)
 
     def connect(self, timeout: float = 30) -> http.client.HTTPConnection:
-        if self.scheme == "https":
-            context = ssl._create_unverified_context()
-            return http.client.HTTPSConnection(
-                self.host, self.port, timeout=timeout, context=context
-            )
-        return http.client.HTTPConnection(self.host, self.port, timeout=timeout)
+        if self.scheme == "http":
+            return http.client.HTTPConnection(self.host, self.port, timeout=timeout)
+        context = ssl._create_unverified_context()
+        return http.client.HTTPSConnection(self.host, self.port, timeout=timeout, context=context)
 
     def request(
         self,
@@ -186,23 +195,19 @@ class Receiver:
         body: Any = None,
         headers: dict[str, str] | None = None,
         connection: http.client.HTTPConnection | None = None,
-        **options: Any,
     ) -> Answer:
         """One request; on a connection of its own unless one is given."""
         used = connection or self.connect()
         try:
-            used.request(method, target, body, headers or {}, **options)
+            used.request(method, target, body, headers or {})
             return Answer.read(used.getresponse())
         finally:
             if connection is None:
                 used.close()
 
     def verify(self, pair: Pair, challenge: str = "a challenge") -> Answer:
-        return self.request(
-            "GET",
-            "/live?challenge=" + quote(challenge, safe=""),
-            headers={"x-notificare-public-key": pair.public},
-        )
+        target = "/live?challenge=" + quote(challenge, safe="")
+        return self.request("GET", target, headers={"x-notificare-public-key": pair.public})
 
     def post(
         self,
@@ -213,9 +218,8 @@ class Receiver:
         **headers: str,
     ) -> Answer:
         """A signed POST of `body` to the endpoint; `headers` replace the signed ones."""
-        return self.request(
-            "POST", "/live", body, {**pair.headers(body, content_type), **headers}, connection
-        )
+        headers = {**pair.headers(body, content_type), **headers}
+        return self.request("POST", "/live", body, headers, connection)
 
     def post_encrypted(self, pair: Pair, payload: bytes) -> Answer:
         return self.post(pair, pair.encrypt(payload), "application/jose")
@@ -250,40 +254,56 @@ class Receiver:
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
-    def stop(self, number: int = 15, within: float = 15) -> int:
-        """Ask it to end, and give its exit status."""
-        if self.process.poll() is None:
-            self.signal(number)
-        return self.process.wait(within)
+    def stop(self, number: int = 15) -> int:
+        """Ask it to end, and give its exit status; the log is whole then."""
+        self.signal(number)
+        status = self.process.wait(15)
+        self._reader.join(5)
+        return status
 
     def kill(self) -> None:
         self.process.kill()
         self.process.wait(10)
 
 
+Start = Callable[..., Receiver]  # the fixture, see conftest.py
+
+
 def run(
-    *arguments: str, cwd: Path | None = None, within: float = 60, env: dict[str, str] | None = None
+    *command: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run the program to its end; for starts that should fail, and for check and demo."""
+    """Run a command to its end."""
     return subprocess.run(
-        [sys.executable, str(PROGRAM), *arguments],
+        command,
         cwd=cwd or tempfile.gettempdir(),
         env={**os.environ, **(env or {})},
         capture_output=True,
         text=True,
-        timeout=within,
+        timeout=60,
     )
 
 
-def eventually(check: Any, seconds: float = 10, every: float = 0.02) -> Any:
+def one_clear_line(result: subprocess.CompletedProcess[str]) -> str:
+    """What is said by a start that was a mistake."""
+    assert result.returncode == 2, result
+    (line,) = result.stderr.strip().splitlines()
+    return line
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    assert time.monotonic() - began < seconds
+
+
+def eventually(check: Callable[[], Any], seconds: float = 10, every: float = 0.02) -> Any:
     """Call `check` until it gives a true value; its last value, or an AssertionError."""
     deadline = time.monotonic() + seconds
-    while True:
-        value = check()
-        if value:
-            return value
+    while not (value := check()):
         assert time.monotonic() < deadline, f"not so within {seconds} s: {check}"
         time.sleep(every)
+    return value
 
 
 def free_ports(count: int) -> Iterator[int]:
