@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from subprocess import DEVNULL, PIPE, CompletedProcess, Popen
+from typing import IO, Any
 from urllib.parse import quote, urlsplit
 
 from cryptography.hazmat.primitives import hashes
@@ -137,13 +138,9 @@ class Receiver:
         self.log: list[str] = []
         self.command = [*wrapper, *COMMAND, "--keys", str(self.keys)]
         self.command += ["--signals", str(self.signals), "--port", str(port), *options]
-        self.process = subprocess.Popen(
-            self.command,
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-            cwd=directory,
-            env={**os.environ, **(env or {})},
+        env = {**os.environ, **(env or {})}
+        self.process = Popen(
+            self.command, cwd=directory, env=env, stdout=DEVNULL, stderr=PIPE, text=True
         )
         self._changed = threading.Condition()
         self._reader = threading.Thread(target=self._read_log, daemon=True)
@@ -269,21 +266,25 @@ class Receiver:
 Start = Callable[..., Receiver]  # the fixture, see conftest.py
 
 
-def run(
-    *command: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
+def run(*command: str | Path, cwd: Path | None = None) -> CompletedProcess[str]:
     """Run a command to its end."""
-    return subprocess.run(
-        command,
-        cwd=cwd or tempfile.gettempdir(),
-        env={**os.environ, **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    cwd = cwd or Path(tempfile.gettempdir())
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
 
 
-def one_clear_line(result: subprocess.CompletedProcess[str]) -> str:
+@contextmanager
+def running(*command: str, cwd: Path) -> Iterator[tuple[Popen[str], IO[str], IO[str]]]:
+    """A command while it runs, its standard output and error; what has not ended is killed."""
+    with Popen(command, cwd=cwd, stdout=PIPE, stderr=PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stderr
+        try:
+            yield process, process.stdout, process.stderr
+        finally:
+            process.kill()
+
+
+def one_clear_line(result: CompletedProcess[str]) -> str:
     """What is said by a start that was a mistake."""
     assert result.returncode == 2, result
     (line,) = result.stderr.strip().splitlines()
