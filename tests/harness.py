@@ -130,9 +130,12 @@ class Receiver:
         port: int = 0,
         ready: bool = True,
     ) -> None:
-        self.directory = directory
-        self.keys = directory / "keys"
-        self.signals = directory / "signals"
+        self.directory, self.keys, self.signals = (
+            directory,
+            directory / "keys",
+            directory / "signals",
+        )
+        self.current = self.signals / "current.jsonl"  # the open segment
         for pair in pairs:
             pair.write(self.keys)
         self.log: list[str] = []
@@ -142,42 +145,31 @@ class Receiver:
         self.process = Popen(
             self.command, cwd=directory, env=env, stdout=DEVNULL, stderr=PIPE, text=True
         )
-        self._changed = threading.Condition()
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
         self.scheme, self.host, self.port = "http", "127.0.0.1", port
         if ready:
-            found = re.search(r"https?://[^\s,;]+", self.wait_for_log(r"https?://\S+", 20))
-            assert found
-            self.url = found[0].rstrip(".")
+            line = self.wait_for_log("https?://", 20)
+            self.url = re.findall(r"https?://[^\s,;]+", line)[0].rstrip(".")
             parts = urlsplit(self.url)
-            assert parts.hostname
-            assert parts.port
-            self.scheme, self.host, self.port = parts.scheme, parts.hostname, parts.port
+            self.scheme, self.host, self.port = parts.scheme, parts.hostname or "", parts.port or 0
 
     def _read_log(self) -> None:
         assert self.process.stderr
         for line in self.process.stderr:
-            self._log(line.rstrip("\n"))
-        self._log("(end of log)")
-
-    def _log(self, line: str) -> None:
-        with self._changed:
-            self.log.append(line)
-            self._changed.notify_all()
+            self.log.append(line.rstrip("\n"))
+        self.log.append("(end of log)")
 
     def wait_for_log(self, pattern: str, seconds: float = 10, start: int = 0) -> str:
         """The first log line from index `start` on that matches; AssertionError if none comes."""
         deadline = time.monotonic() + seconds
-        with self._changed:
-            while True:
-                for line in self.log[start:]:
-                    if re.search(pattern, line):
-                        return line
-                left = deadline - time.monotonic()
-                if left <= 0 or "(end of log)" in self.log[start:]:
-                    raise AssertionError(f"no log line matches {pattern!r}: {self.log}")
-                self._changed.wait(left)
+        while True:
+            last = time.monotonic() > deadline or not self._reader.is_alive()
+            for line in self.log[start:]:
+                if re.search(pattern, line):
+                    return line
+            assert not last, f"no log line matches {pattern!r}: {self.log}"
+            time.sleep(0.01)
 
     def connect(self, timeout: float = 30) -> http.client.HTTPConnection:
         if self.scheme == "http":
@@ -221,15 +213,9 @@ class Receiver:
     def post_encrypted(self, pair: Pair, payload: bytes) -> Answer:
         return self.post(pair, pair.encrypt(payload), "application/jose")
 
-    @property
-    def current(self) -> Path:
-        """The open segment."""
-        return self.signals / "current.jsonl"
-
     def closed_segments(self) -> list[Path]:
         """The closed segments of the log, oldest first."""
-        closed = re.compile(r"\d{8}T\d{6}\.\d{6}Z\.jsonl")
-        return sorted(p for p in self.signals.glob("*.jsonl") if closed.fullmatch(p.name))
+        return sorted(self.signals.glob("????????T??????.??????Z.jsonl"))
 
     def segments(self) -> list[Path]:
         """The closed segments of the log, oldest first, then the open one."""
