@@ -29,6 +29,7 @@ from harness import (
     PROGRAM,
     ROOT,
     Pair,
+    Receiver,
     Start,
     bash,
     eventually,
@@ -40,6 +41,7 @@ from harness import (
 )
 from peers import Certificate, Endpoint, make_certificate, serve_endpoint
 
+(VERSION,) = re.findall(r'^__version__\s*=\s*"([^"]+)"', PROGRAM.read_text(), re.MULTILINE)
 CHECK = "re.notifica.event.custom.liveapi_check"
 TYPES = """application.Install application.Registration application.Uninstall application.Upgrade
 application.Open application.Close application.Exception push.Registration notification.Sent
@@ -152,25 +154,19 @@ def test_it_says_what_to_install_where_cryptography_is_missing(tmp_path: Path) -
 # --- Starting ---------------------------------------------------------------------------------
 
 
-def test_version_is_printed_with_status_0() -> None:
-    found = re.search(r'^__version__\s*=\s*"([^"]+)"', PROGRAM.read_text(), re.MULTILINE)
-    assert found
-    for command in ([], ["serve"]):
-        result = run(*COMMAND, *command, "--version")
-        assert (result.returncode, result.stderr) == (0, "")
-        assert found[1] in result.stdout
-
-
 @pytest.mark.parametrize(
     ("words", "named"),
     [
+        ("--version", VERSION),
+        ("serve --version", VERSION),
         ("--help", "serve check demo"),
         ("-h", "serve check demo"),
+        ("serve --help", "--keys"),  # test_readme.py has them all
         ("check --help", "URL --keys --instance --insecure"),
         ("demo --help", "--console"),
     ],
 )
-def test_help_names_commands_and_options(words: str, named: str) -> None:
+def test_version_and_help_are_printed_with_status_0(words: str, named: str) -> None:
     result = run(*COMMAND, *words.split())
     assert (result.returncode, result.stderr) == (0, "")
     assert [word for word in named.split() if word not in result.stdout] == []
@@ -377,25 +373,19 @@ def test_where_nothing_answers_check_says_so_once_and_stops(tmp_path: Path, who:
     assert len(came) == (who in ("a mail server", "one that hangs up"))
 
 
-def test_check_names_tls_spoken_to_plain_http_and_the_reverse(
-    start: Start, tmp_path: Path, certificate: Certificate
-) -> None:
-    plain = start()
-    said = said_once(check(tmp_path, plain.url.replace("http:", "https:"), "--insecure"))
+def test_check_names_tls_spoken_to_plain_http(receiver: Receiver, tmp_path: Path) -> None:
+    said = said_once(check(tmp_path, receiver.url.replace("http:", "https:"), "--insecure"))
     assert re.search(r"(?i)no TLS|not (speak )?TLS|plain|\bhttp://", said)
-    (tmp_path / "secure").mkdir()
-    secure = start(*certificate.options, directory=tmp_path / "secure")
-    said = said_once(check(tmp_path, secure.url.replace("https:", "http:")))
-    assert re.search(r"TLS|https", said)
 
 
-def test_check_trusts_a_self_signed_certificate_only_when_told(
+def test_check_names_http_spoken_to_tls_and_trusts_a_self_signed_certificate_only_when_told(
     start: Start, tmp_path: Path, certificate: Certificate
 ) -> None:
-    receiver = start(*certificate.options)
-    assert "certificate" in said_once(check(tmp_path, receiver.url))
-    assert receiver.lines() == []
-    assert check(tmp_path, receiver.url, "--insecure").returncode == 0
+    url = start(*certificate.options).url
+    assert re.search(r"TLS|https", said_once(check(tmp_path, url.replace("https:", "http:"))))
+    assert "certificate" in said_once(check(tmp_path, url))
+    assert not (tmp_path / "signals/current.jsonl").read_bytes()
+    assert check(tmp_path, url, "--insecure").returncode == 0
 
 
 def test_check_shows_each_line_as_it_happens_and_a_reader_that_leaves_gets_no_traceback(
@@ -468,11 +458,8 @@ def test_demo_with_the_console_goes_on_until_ctrl_c_and_the_last_line_is_the_pag
 
 
 def test_the_script_metadata_and_the_project_ask_for_the_same() -> None:
-    block = re.search(
-        r"(?m)^# /// script$\s(?P<text>(?:^#(?:| .*)$\s)+)^# ///$", PROGRAM.read_text()
-    )
-    assert block
-    script = tomllib.loads("".join(line[2:] + "\n" for line in block["text"].splitlines()))
+    (block,) = re.findall(r"(?m)^# /// script\n((?:#(?:| .*)\n)+)# ///$", PROGRAM.read_text())
+    script = tomllib.loads(re.sub("(?m)^# ?", "", block))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert script["dependencies"] == project["dependencies"]
-    assert script["requires-python"] == project["requires-python"]
+    for each in ("dependencies", "requires-python"):
+        assert script[each] == project[each]

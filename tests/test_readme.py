@@ -105,6 +105,7 @@ def test_the_table_of_options_is_what_help_says() -> None:
             found = re.search(rf"(?<= ){flag} ?(.*?)(?= --[a-z]|$)", help_text)
             assert found, f"{flag} is not in --help"
             assert found[1].startswith(metavar)
+            assert len(found[1].split()) > 3, f"{flag} is not explained"
             if value not in ("off", "none"):
                 assert re.search(rf"default: {re.escape(value)}(?:\.0)?\)", found[1]), found[1]
     assert sorted([*listed, "--help", "--version"]) == sorted(set(re.findall(r"--[a-z-]+", told)))
