@@ -112,7 +112,7 @@ check with an option of serve       | check http://127.0.0.1:1/live --port 80 | 
 
 
 @pytest.fixture(scope="module")
-def ready_made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     """A directory with what a faultless start would need, and faulty files; a port in use."""
     directory = tmp_path_factory.mktemp("mistakes")
     Pair("my-app").write(directory / "keys")
@@ -126,10 +126,8 @@ def ready_made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path,
 
 
 @pytest.mark.parametrize("case", MISTAKES.strip().splitlines(), ids=lambda line: line.split("|")[0])
-def test_a_mistake_in_the_start_is_one_clear_line_and_status_2(
-    ready_made: tuple[Path, str], case: str
-) -> None:
-    directory, used = ready_made
+def test_a_mistake_is_one_clear_line_and_status_2(made: tuple[Path, str], case: str) -> None:
+    directory, used = made
     _, given, named = (part.strip().replace("{used}", used) for part in case.split("|"))
     assert named in one_clear_line(run(*COMMAND, *shlex.split(given), cwd=directory))
     assert not (directory / "signals").exists(), "a mistake leaves no directory behind"
@@ -194,9 +192,7 @@ def test_one_line_says_that_it_is_ready_with_the_url_and_the_instances(start: St
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.2", "::1"])
-def test_host_may_be_a_name_or_an_address_of_either_kind(
-    start: Start, pair: Pair, host: str
-) -> None:
+def test_host_may_be_a_name_or_an_address_of_any_kind(start: Start, pair: Pair, host: str) -> None:
     if host == "::1" and not Path("/proc/net/if_inet6").exists():
         pytest.skip("no IPv6 on this machine")
     assert start("--host", host).verify(pair).status == 200
@@ -270,11 +266,9 @@ def check(directory: Path, url: str, *options: str) -> subprocess.CompletedProce
     return result
 
 
-def test_check_finds_nothing_wrong_with_the_receiver_and_can_be_run_again(
-    start: Start, tmp_path: Path
-) -> None:
+def test_check_finds_nothing_wrong_with_the_receiver_and_can_be_run_again(start: Start) -> None:
     receiver = start(pairs=(Pair("one"), Pair("two")))
-    first, second = check(tmp_path, receiver.url), check(tmp_path, receiver.url)
+    first, second = (check(receiver.directory, receiver.url) for _ in range(2))
     assert (first.returncode, second.returncode) == (0, 0), first.stdout + first.stderr
     assert "FAILED" not in first.stdout
     assert "\x1b" not in first.stdout
@@ -290,18 +284,18 @@ def test_check_finds_nothing_wrong_with_the_receiver_and_can_be_run_again(
     assert len(set(receiver.ids())) == 8
 
 
-def test_check_plays_each_pair_of_an_instance_and_of_the_named_instance_alone(
-    start: Start, tmp_path: Path
-) -> None:
-    old = Pair("shop").write(tmp_path / "keys")
-    receiver = start(pairs=(Pair("shop@new"), Pair("other")))
-    (tmp_path / "keys").rename(tmp_path / "elsewhere")
-    result = check(tmp_path, receiver.url, "--instance", "shop", "--keys", "elsewhere")
+def test_check_plays_each_pair_of_an_instance_and_of_the_named_instance_alone(start: Start) -> None:
+    pairs = (Pair("shop"), Pair("shop@new"), Pair("other"))
+    receiver = start(pairs=pairs)
+    receiver.keys.rename(receiver.directory / "elsewhere")
+    options = ("--instance", "shop", "--keys", "elsewhere")
+    result = check(receiver.directory, receiver.url, *options)
     assert result.returncode == 0, result.stdout
     assert len(rows(result.stdout)) == 2 * len(ROWS)
     assert {line["instance"] for line in receiver.lines()} == {"shop"}
-    assert old.private not in result.stdout + result.stderr
-    assert old.public not in result.stdout + result.stderr
+    for pair in pairs:
+        assert pair.private not in result.stdout + result.stderr
+        assert pair.public not in result.stdout + result.stderr
 
 
 def test_check_finds_nothing_wrong_with_a_second_partys_endpoint_and_keeps_the_urls_query(
@@ -378,7 +372,7 @@ def test_check_names_tls_spoken_to_plain_http(receiver: Receiver, tmp_path: Path
     assert re.search(r"(?i)no TLS|not (speak )?TLS|plain|\bhttp://", said)
 
 
-def test_check_names_http_spoken_to_tls_and_trusts_a_self_signed_certificate_only_when_told(
+def test_check_names_http_spoken_to_tls_and_trusts_whom_it_should(
     start: Start, tmp_path: Path, certificate: Certificate
 ) -> None:
     url = start(*certificate.options).url
@@ -436,9 +430,7 @@ def test_demo_stores_every_documented_type_in_clear_and_encrypted_and_leaves_the
     assert any(kind.startswith("product.Buy.") for kind in kinds)
 
 
-def test_demo_with_the_console_goes_on_until_ctrl_c_and_the_last_line_is_the_pages_address(
-    tmp_path: Path,
-) -> None:
+def test_demo_ends_with_the_consoles_address_and_goes_on_until_ctrl_c(tmp_path: Path) -> None:
     command = ("env", f"TMPDIR={tmp_path}", *COMMAND, "demo", "--console")
     with running(*command, cwd=tmp_path) as (process, out, _):
         address = next(line for line in map(str.strip, out) if re.fullmatch(r"http://\S+\d/", line))

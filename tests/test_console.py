@@ -80,58 +80,52 @@ class Watched:
                 event = {}
 
 
+Watch = Callable[..., Watched]
+
+
 @pytest.fixture
-def watch(start: Start) -> Callable[..., Watched]:
+def watch(start: Start) -> Watch:
     """Start a receiver with a console."""
 
     def begin(*options: str, **more: object) -> Watched:
         receiver = start("--console", "0", *options, **more)
-        found = re.search(r"http://127\.0\.0\.1:(\d+)", receiver.wait_for_log("console"))
-        assert found
-        return Watched(receiver, int(found[1]))
+        line = receiver.wait_for_log("console")
+        return Watched(receiver, int(re.findall(r"http://127\.0\.0\.1:(\d+)", line)[0]))
 
     return begin
 
 
 @pytest.fixture
-def watched(watch: Callable[..., Watched]) -> Watched:
+def watched(watch: Watch) -> Watched:
     return watch()
 
 
 # --- Whom it answers --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "header",
-    [
-        "Host: 127.0.0.1:{port}",
-        "Host: localhost:{port}",
-        "Host: LOCALHOST:{port}",
-        "Sec-Fetch-Site: same-origin",
-        "Sec-Fetch-Site: none",
-    ],
-)
-def test_it_answers_to_its_own_address_and_localhost_and_to_its_own_page(
-    watched: Watched, header: str
-) -> None:
+OWN = """Host: 127.0.0.1:{port}
+Host: localhost:{port}
+Host: LOCALHOST:{port}
+Sec-Fetch-Site: same-origin
+Sec-Fetch-Site: none"""
+FOREIGN = """Host: attacker.example
+Host: attacker.example:{port}
+Host: localhost.attacker.example:{port}
+Host: 127.0.0.1
+Host: 127.0.0.1:1
+Host: 127.0.0.2:{port}
+Host: [::1]:{port}
+Sec-Fetch-Site: cross-site
+Sec-Fetch-Site: same-site"""
+
+
+@pytest.mark.parametrize("header", OWN.splitlines())
+def test_it_answers_to_its_own_names_and_to_its_own_page(watched: Watched, header: str) -> None:
     for path in ("/", "/status", "/metrics"):
         assert watched.get(path, header=header).status == 200
 
 
-@pytest.mark.parametrize(
-    "header",
-    [
-        "Host: attacker.example",
-        "Host: attacker.example:{port}",
-        "Host: localhost.attacker.example:{port}",
-        "Host: 127.0.0.1",
-        "Host: 127.0.0.1:1",
-        "Host: 127.0.0.2:{port}",
-        "Host: [::1]:{port}",
-        "Sec-Fetch-Site: cross-site",
-        "Sec-Fetch-Site: same-site",
-    ],
-)
+@pytest.mark.parametrize("header", FOREIGN.splitlines())
 def test_it_answers_to_no_other_name_and_to_no_other_site(watched: Watched, header: str) -> None:
     for path in ("/", "/status", "/metrics", "/signals"):
         assert 400 <= watched.get(path, header=header).status < 500
@@ -148,24 +142,21 @@ def test_it_listens_on_loopback_unless_told_otherwise_and_never_beside_the_endpo
     assert "http://127.0.0.2:" in told.wait_for_log("console")
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "status", "kind"),
-    [
-        ("GET", "/", 200, "text/html"),
-        ("HEAD", "/", 200, "text/html"),
-        ("GET", "/status", 200, "application/json"),
-        ("GET", "/metrics", 200, "text/plain"),
-        ("HEAD", "/metrics", 200, "text/plain"),
-        ("POST", "/status", 405, "application/json"),
-        ("GET", "/live", 404, "application/json"),
-        ("GET", "/favicon.ico", 404, "application/json"),
-    ],
-)
-def test_it_has_these_paths_and_no_other(
-    watched: Watched, method: str, path: str, status: int, kind: str
-) -> None:
+ANSWERS = """GET / 200 text/html
+HEAD / 200 text/html
+GET /status 200 application/json
+GET /metrics 200 text/plain
+HEAD /metrics 200 text/plain
+POST /status 405 application/json
+GET /live 404 application/json
+GET /favicon.ico 404 application/json"""
+
+
+@pytest.mark.parametrize("case", ANSWERS.splitlines())
+def test_it_has_these_paths_and_no_other(watched: Watched, case: str) -> None:
+    method, path, status, kind = case.split()
     answer = watched.get(path, method)
-    assert answer.status == status
+    assert answer.status == int(status)
     assert answer.headers["content-type"].split(";")[0] == kind
     assert "python" not in str(answer.headers).lower()
 
@@ -173,9 +164,7 @@ def test_it_has_these_paths_and_no_other(
 # --- The stream -------------------------------------------------------------------------------
 
 
-def test_the_stream_begins_with_the_last_hundred_and_goes_on_with_what_comes(
-    watched: Watched, pair: Pair
-) -> None:
+def test_the_stream_begins_with_the_last_hundred_and_goes_on(watched: Watched, pair: Pair) -> None:
     receiver = watched.receiver
     connection = receiver.connect()
     for _ in range(120):
@@ -191,7 +180,7 @@ def test_the_stream_begins_with_the_last_hundred_and_goes_on_with_what_comes(
 
 
 def test_the_stream_follows_over_closed_segments_and_a_replaced_one(
-    watch: Callable[..., Watched], pair: Pair
+    watch: Watch, pair: Pair
 ) -> None:
     watched = watch("--segment-bytes", "700")
     receiver = watched.receiver
@@ -244,7 +233,7 @@ def test_a_watcher_that_is_slow_lags_and_costs_no_memory(watched: Watched, pair:
 
 
 def test_what_a_stream_begins_with_is_bounded_in_bytes_too(
-    watch: Callable[..., Watched], tmp_path: Path, pair: Pair
+    watch: Watch, tmp_path: Path, pair: Pair
 ) -> None:
     (tmp_path / "signals").mkdir()
     lines = [stored_line(signal_payload(text="x" * 1_000_000)) for _ in range(100)]
@@ -285,9 +274,7 @@ def some_of_everything(receiver: Receiver, pair: Pair) -> None:
     assert receiver.post(Pair("stranger"), b"{}").status == 400
 
 
-def test_the_status_tells_what_has_come_and_what_was_refused(
-    watch: Callable[..., Watched], pair: Pair
-) -> None:
+def test_the_status_tells_what_has_come_and_what_was_refused(watch: Watch, pair: Pair) -> None:
     began = time.time()
     watched = watch(pairs=(pair, Pair("other")))
     receiver = watched.receiver
@@ -319,9 +306,7 @@ def test_the_status_tells_what_has_come_and_what_was_refused(
     assert len(watched.get("/status").json["refusals"]) == 20
 
 
-def test_after_a_restart_the_last_signal_is_known_from_the_log(
-    watch: Callable[..., Watched], pair: Pair
-) -> None:
+def test_after_a_restart_the_last_signal_is_known_from_the_log(watch: Watch, pair: Pair) -> None:
     before = watch()
     some_of_everything(before.receiver, pair)
     when = 'liveapi_last_signal_timestamp_seconds{instance="my-app"}'
@@ -336,7 +321,7 @@ def test_after_a_restart_the_last_signal_is_known_from_the_log(
 
 
 def test_the_metrics_have_the_documented_names_and_all_results_from_the_start(
-    watch: Callable[..., Watched], pair: Pair
+    watch: Watch, pair: Pair
 ) -> None:
     watched = watch(pairs=(pair, Pair("other@label")))
     text = watched.get("/metrics").body.decode()
@@ -381,9 +366,7 @@ def test_the_metrics_count_what_has_come_and_what_was_refused(watched: Watched, 
         assert before - 1 <= when <= time.time() + 1
 
 
-def test_while_signals_cannot_be_stored_status_and_metrics_say_so(
-    watched: Watched, pair: Pair
-) -> None:
+def test_while_it_cannot_store_status_and_metrics_say_so(watched: Watched, pair: Pair) -> None:
     receiver = watched.receiver
     receiver.signals.rename(receiver.directory / "aside")
     assert receiver.post(pair, signal_payload()).status == 503

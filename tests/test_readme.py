@@ -127,9 +127,7 @@ def test_a_line_of_the_log_is_as_the_readme_shows_it(receiver: Receiver, pair: P
 # The tables of what the log shows
 
 
-def test_what_the_table_says_of_a_verify_that_fails_is_what_the_log_shows(
-    receiver: Receiver, pair: Pair
-) -> None:
+def test_the_table_of_failed_verifies_is_what_the_log_shows(receiver: Receiver, pair: Pair) -> None:
     def verify(path: str, public: str = "") -> None:
         headers = {"x-notificare-public-key": public} if public else {}
         receiver.request("GET", f"{path}?challenge=abc", headers=headers)
@@ -213,7 +211,7 @@ def recipe(name: str, directory: Path) -> str:
 
 
 @needs_programs("jq", "zcat")
-def test_the_recipe_that_counts_by_type_counts_all_that_jq_can_read_but_not_checks_signals(
+def test_the_recipe_by_type_counts_all_that_jq_can_read_but_checks_signals(
     log: Path,
 ) -> None:
     lines = map(str.split, recipe("count", log).splitlines())
@@ -254,14 +252,12 @@ def test_the_recipe_for_yesterday_gives_one_apps_lines_whole_and_in_order(log: P
 
 
 @needs_programs("jq", "tail")
-def test_the_recipe_that_follows_the_log_shows_signals_as_they_come(
-    start: Start, pair: Pair, tmp_path: Path
-) -> None:
+def test_the_recipe_that_follows_shows_signals_as_they_come(start: Start, pair: Pair) -> None:
     receiver = start("--segment-bytes", "600")
     receiver.post(pair, signal_payload(userID="before"))
     with Popen(
         ["sh", "-c", EXAMPLES["follow"]],
-        cwd=tmp_path,
+        cwd=receiver.directory,
         stdout=PIPE,
         stderr=DEVNULL,  # tail says when it goes on in a new file
         text=True,
@@ -280,64 +276,56 @@ def test_the_recipe_that_follows_the_log_shows_signals_as_they_come(
 
 
 @needs_programs("sha256sum")
-def test_the_recipe_for_a_fingerprint_gives_what_the_log_says(
-    receiver: Receiver, pair: Pair, tmp_path: Path
-) -> None:
-    shown = shell(EXAMPLES["fingerprint"].replace("/etc/liveapi/keys", "keys"), tmp_path).stdout
+def test_the_recipe_for_a_fingerprint_gives_the_logs_own(receiver: Receiver, pair: Pair) -> None:
+    script = EXAMPLES["fingerprint"].replace("/etc/liveapi/keys", "keys")
+    shown = shell(script, receiver.directory).stdout
     assert receiver.wait_for_log(r"public key of my-app: SHA-256 " + shown.strip())
 
 
-def cron(name: str, directory: Path, *replaced: tuple[str, str]) -> str:
+def cron(name: str, directory: Path, replaced: tuple[str, str]) -> str:
     """What a line for cron prints: cron makes a mail of it."""
     line = re.sub(r"^(?:\S+ ){5}root ", "", EXAMPLES[name])
-    for old, new in replaced:
-        assert old in line
-        line = line.replace(old, new)
-    done = shell(line, directory)
+    assert replaced[0] in line
+    done = shell(line.replace(*replaced), directory)
     return done.stdout + done.stderr
 
 
 @needs_programs("curl")
-def test_the_line_for_cron_is_silent_while_all_is_well_and_not_when_nothing_answers(
-    receiver: Receiver, tmp_path: Path
-) -> None:
+def test_the_line_for_cron_speaks_only_when_nothing_answers(receiver: Receiver) -> None:
     port = (":3014/", f":{receiver.port}/")
-    assert cron("cron", tmp_path, port) == ""
+    assert cron("cron", receiver.directory, port) == ""
     receiver.stop()
-    assert cron("cron", tmp_path, port) != ""
+    assert cron("cron", receiver.directory, port) != ""
 
 
-def test_the_line_for_cron_that_misses_signals_is_silent_while_they_come(
-    receiver: Receiver, pair: Pair, tmp_path: Path
+def test_the_other_line_for_cron_speaks_only_when_no_signal_has_come(
+    receiver: Receiver, pair: Pair
 ) -> None:
     place = ("/var/lib/liveapi/", "")
-    assert "no signal" in cron("cron-quiet", tmp_path, place)
+    assert "no signal" in cron("cron-quiet", receiver.directory, place)
     receiver.post(pair, signal_payload())
-    assert cron("cron-quiet", tmp_path, place) == ""
+    assert cron("cron-quiet", receiver.directory, place) == ""
 
 
 @needs_programs("rsync")
-def test_a_backup_holds_every_line_and_can_be_taken_again(
-    receiver: Receiver, pair: Pair, tmp_path: Path
-) -> None:
+def test_a_backup_holds_every_line_and_can_be_taken_again(receiver: Receiver, pair: Pair) -> None:
     script = EXAMPLES["backup"].replace("/var/lib/liveapi/", "")
     script = script.replace("backup.example.com:liveapi/", "copy/")
-    (tmp_path / "copy").mkdir()
+    copy = receiver.directory / "copy"
+    copy.mkdir()
     for _ in range(2):
         receiver.post(pair, signal_payload())
-        assert shell(script, tmp_path).stderr == ""
-        assert (tmp_path / "copy/signals/current.jsonl").read_bytes() == receiver.raw()
+        assert shell(script, receiver.directory).stderr == ""
+        assert (copy / "signals/current.jsonl").read_bytes() == receiver.raw()
 
 
 @needs_programs("curl")
-def test_the_stream_of_the_console_is_read_by_curl(
-    start: Start, pair: Pair, tmp_path: Path
-) -> None:
+def test_the_stream_of_the_console_is_read_by_curl(start: Start, pair: Pair) -> None:
     (port,) = free_ports(1)
     receiver = start("--console", str(port))
     receiver.post(pair, signal_payload(userID="somebody"))
     script = EXAMPLES["stream"].replace("curl", "curl -m 2").replace(":3015", f":{port}")
-    assert "somebody" in shell(script, tmp_path).stdout
+    assert "somebody" in shell(script, receiver.directory).stdout
 
 
 # Encrypted signals
