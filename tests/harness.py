@@ -69,14 +69,11 @@ class Pair:
 
     def encrypt(self, payload: bytes, header: dict[str, Any] | None = None) -> bytes:
         """A JWE in compact serialization as protocol.md describes it (dir, A256GCM)."""
-        key = HKDF(hashes.SHA256(), 32, self.public.encode(), b"liveapi-jwe-A256GCM").derive(
-            self.private.encode()
-        )
-        protected = b64url(
-            json.dumps(header or {"alg": "dir", "enc": "A256GCM", "kid": self.public}).encode()
-        )
-        iv = secrets.token_bytes(12)
-        sealed = AESGCM(key).encrypt(iv, payload, protected.encode())
+        derive = HKDF(hashes.SHA256(), 32, self.public.encode(), b"liveapi-jwe-A256GCM").derive
+        header = header or {"alg": "dir", "enc": "A256GCM", "kid": self.public}
+        protected, iv = b64url(json.dumps(header).encode()), secrets.token_bytes(12)
+        key = AESGCM(derive(self.private.encode()))
+        sealed = key.encrypt(iv, payload, protected.encode())
         return f"{protected}..{b64url(iv)}.{b64url(sealed[:-16])}.{b64url(sealed[-16:])}".encode()
 
 

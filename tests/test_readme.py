@@ -13,9 +13,10 @@ import re
 import socket
 import ssl
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from subprocess import DEVNULL, PIPE, CompletedProcess, Popen
+from subprocess import PIPE, CompletedProcess, Popen
 
 import pytest
 from harness import COMMAND, ROOT, Pair, Receiver, Start, free_ports, run, signal_payload
@@ -25,18 +26,22 @@ README = ROOT / "README.md"
 PAGES = [README, ROOT / "CHANGELOG.md", ROOT / "keys/README.md", *sorted(ROOT.glob("docs/*.md"))]
 MARKED = re.compile(r"<!-- tested: (\S+) -->\n+```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
-CHECK = "re.notifica.event.custom.liveapi_check"
-
-
-FOUND = [each for page in PAGES for each in MARKED.findall(page.read_text())]
-EXAMPLES = {name: text for name, _, text in FOUND}
+MARKED_EXAMPLES = [each for page in PAGES for each in MARKED.findall(page.read_text())]
+EXAMPLES = {name: text for name, _, text in MARKED_EXAMPLES}
+assert len(EXAMPLES) == len(MARKED_EXAMPLES), "a name twice"
 SECTIONS = """Try it, Install as a service, From the Dashboard to the first signal, If Verify fails,
 Read the log, Watch and alert, When things fail, Options, Files on disk, How fast,
 How it is built and how to work on it"""
 
 
-def shell(script: str, directory: Path) -> CompletedProcess[str]:
-    return run("bash", "-c", script, cwd=directory)
+def example(name: str, directory: Path, *replaced: tuple[str, str]) -> CompletedProcess[str]:
+    """Run an example, or what a line has cron run, beside `keys/` and `signals/`."""
+    script = re.sub(r"^(?:\S+ ){5}root ", "", EXAMPLES[name])
+    command = ["bash", "-o", "pipefail", "-c"] if script == EXAMPLES[name] else ["sh", "-c"]
+    for old, new in replaced:
+        assert old in script
+        script = script.replace(old, new)
+    return run(*command, script, cwd=directory)
 
 
 def section(page: Path, heading: str) -> str:
@@ -59,10 +64,6 @@ def test_the_readme_has_at_most_320_lines_and_its_sections_in_order() -> None:
     assert len(README.read_text().splitlines()) <= 320
     headings = re.findall(r"^## (.*)", README.read_text(), re.M)
     assert headings == re.split(r",\s", SECTIONS)
-
-
-def test_no_two_examples_have_the_same_name() -> None:
-    assert len(EXAMPLES) == len(FOUND)
 
 
 @pytest.mark.parametrize("word", ["demo", "pytest"])
@@ -133,10 +134,7 @@ def test_the_table_of_failed_verifies_is_what_the_log_shows(receiver: Receiver, 
         receiver.request("GET", f"{path}?challenge=abc", headers=headers)
 
     def greet_by_tls() -> None:
-        with (
-            socket.create_connection((receiver.host, receiver.port), 5) as plain,
-            pytest.raises(OSError),  # noqa: PT011  (whatever it makes of the answer)
-        ):
+        with suppress(OSError), socket.create_connection(("127.0.0.1", receiver.port), 5) as plain:
             ssl.create_default_context().wrap_socket(plain, server_hostname="localhost")
 
     causes = {
@@ -182,18 +180,17 @@ def log(start: Start, pair: Pair, tmp_path: Path) -> Path:
     """
     other = Pair("my-app-2")
     receiver = start("--segment-bytes", "1000", pairs=(pair, other))
-    for number in range(4):
-        assert receiver.post(pair, signal_payload(userID=f"user-{number}")).status == 200
-    assert receiver.post(other, signal_payload(userID="other's")).status == 200
-    for strange in (
+    for payload in (
+        *(signal_payload(userID=f"user-{number}") for number in range(4)),
         b'{"type":"re.notifica.event.custom.half","data":"\\ud800"}',
         b'{"type":"re.notifica.event.custom.deep","data":' + b"[" * 400 + b"]" * 400 + b"}",
         b'{"type":"re.notifica.event.custom.late","data":[],"timestamp":1e400}',
         b'{"type":"re.notifica.event.custom.text","timestamp":"now"}',
-        json.dumps({"type": CHECK, "data": {}, "timestamp": 1}).encode(),
+        b'{"type":"re.notifica.event.custom.liveapi_check","data":{},"timestamp":1}',
         signal_payload(type="re.notifica.event.application.Open", userID="é😀"),
     ):
-        assert receiver.post(pair, strange).status == 200
+        assert receiver.post(pair, payload).status == 200
+    assert receiver.post(other, signal_payload(userID="other's")).status == 200
     assert receiver.stop() == 0
     closed = receiver.closed_segments()
     assert len(closed) >= 2
@@ -203,17 +200,15 @@ def log(start: Start, pair: Pair, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def recipe(name: str, directory: Path) -> str:
-    """What a recipe prints, run beside `signals/`; it may not complain."""
-    result = shell("set -o pipefail; " + EXAMPLES[name], directory)
+def recipe(name: str, directory: Path, *replaced: tuple[str, str]) -> str:
+    """What a recipe prints; it may not complain."""
+    result = example(name, directory, *replaced)
     assert (result.returncode, result.stderr) == (0, "")
     return result.stdout
 
 
 @needs_programs("jq", "zcat")
-def test_the_recipe_by_type_counts_all_that_jq_can_read_but_checks_signals(
-    log: Path,
-) -> None:
+def test_the_recipe_by_type_counts_all_that_jq_can_read_but_checks_signals(log: Path) -> None:
     lines = map(str.split, recipe("count", log).splitlines())
     counted = {kind: int(count) for count, kind in lines}
     for at_times in ("half", "deep"):  # depending on the version of jq
@@ -255,13 +250,10 @@ def test_the_recipe_for_yesterday_gives_one_apps_lines_whole_and_in_order(log: P
 def test_the_recipe_that_follows_shows_signals_as_they_come(start: Start, pair: Pair) -> None:
     receiver = start("--segment-bytes", "600")
     receiver.post(pair, signal_payload(userID="before"))
+    # tail says when it goes on in a new file.
+    command = ["sh", "-c", "exec 2>/dev/null\n" + EXAMPLES["follow"]]
     with Popen(
-        ["sh", "-c", EXAMPLES["follow"]],
-        cwd=receiver.directory,
-        stdout=PIPE,
-        stderr=DEVNULL,  # tail says when it goes on in a new file
-        text=True,
-        start_new_session=True,
+        command, cwd=receiver.directory, stdout=PIPE, text=True, start_new_session=True
     ) as process:
         assert process.stdout
         try:
@@ -277,45 +269,35 @@ def test_the_recipe_that_follows_shows_signals_as_they_come(start: Start, pair: 
 
 @needs_programs("sha256sum")
 def test_the_recipe_for_a_fingerprint_gives_the_logs_own(receiver: Receiver, pair: Pair) -> None:
-    script = EXAMPLES["fingerprint"].replace("/etc/liveapi/keys", "keys")
-    shown = shell(script, receiver.directory).stdout
-    assert receiver.wait_for_log(r"public key of my-app: SHA-256 " + shown.strip())
-
-
-def cron(name: str, directory: Path, replaced: tuple[str, str]) -> str:
-    """What a line for cron prints: cron makes a mail of it."""
-    line = re.sub(r"^(?:\S+ ){5}root ", "", EXAMPLES[name])
-    assert replaced[0] in line
-    done = shell(line.replace(*replaced), directory)
-    return done.stdout + done.stderr
+    shown = recipe("fingerprint", receiver.directory, ("/etc/liveapi/keys", "keys"))
+    assert receiver.wait_for_log("public key of my-app: SHA-256 " + shown.strip())
 
 
 @needs_programs("curl")
 def test_the_line_for_cron_speaks_only_when_nothing_answers(receiver: Receiver) -> None:
     port = (":3014/", f":{receiver.port}/")
-    assert cron("cron", receiver.directory, port) == ""
+    assert recipe("cron", receiver.directory, port) == ""
     receiver.stop()
-    assert cron("cron", receiver.directory, port) != ""
+    assert "curl:" in example("cron", receiver.directory, port).stderr
 
 
 def test_the_other_line_for_cron_speaks_only_when_no_signal_has_come(
     receiver: Receiver, pair: Pair
 ) -> None:
     place = ("/var/lib/liveapi/", "")
-    assert "no signal" in cron("cron-quiet", receiver.directory, place)
+    assert "no signal" in recipe("cron-quiet", receiver.directory, place)
     receiver.post(pair, signal_payload())
-    assert cron("cron-quiet", receiver.directory, place) == ""
+    assert recipe("cron-quiet", receiver.directory, place) == ""
 
 
 @needs_programs("rsync")
 def test_a_backup_holds_every_line_and_can_be_taken_again(receiver: Receiver, pair: Pair) -> None:
-    script = EXAMPLES["backup"].replace("/var/lib/liveapi/", "")
-    script = script.replace("backup.example.com:liveapi/", "copy/")
     copy = receiver.directory / "copy"
     copy.mkdir()
+    places = (("/var/lib/liveapi/", ""), ("backup.example.com:liveapi/", "copy/"))
     for _ in range(2):
         receiver.post(pair, signal_payload())
-        assert shell(script, receiver.directory).stderr == ""
+        recipe("backup", receiver.directory, *places)
         assert (copy / "signals/current.jsonl").read_bytes() == receiver.raw()
 
 
@@ -324,8 +306,8 @@ def test_the_stream_of_the_console_is_read_by_curl(start: Start, pair: Pair) -> 
     (port,) = free_ports(1)
     receiver = start("--console", str(port))
     receiver.post(pair, signal_payload(userID="somebody"))
-    script = EXAMPLES["stream"].replace("curl", "curl -m 2").replace(":3015", f":{port}")
-    assert "somebody" in shell(script, receiver.directory).stdout
+    replaced = (("curl", "curl -m 2"), (":3015", f":{port}"))
+    assert "somebody" in example("stream", receiver.directory, *replaced).stdout
 
 
 # Encrypted signals
