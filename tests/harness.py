@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-import http.client
 import json
 import os
 import re
@@ -18,8 +17,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, CompletedProcess, Popen
 from typing import IO, Any
@@ -96,7 +96,7 @@ class Answer:
     body: bytes
 
     @classmethod
-    def read(cls, response: http.client.HTTPResponse) -> Answer:
+    def read(cls, response: HTTPResponse) -> Answer:
         headers = {name.lower(): value for name, value in response.getheaders()}
         return cls(response.status, headers, response.read())
 
@@ -127,11 +127,8 @@ class Receiver:
         port: int = 0,
         ready: bool = True,
     ) -> None:
-        self.directory, self.keys, self.signals = (
-            directory,
-            directory / "keys",
-            directory / "signals",
-        )
+        self.directory, self.keys = directory, directory / "keys"
+        self.signals = directory / "signals"
         self.current = self.signals / "current.jsonl"  # the open segment
         for pair in pairs:
             pair.write(self.keys)
@@ -168,11 +165,11 @@ class Receiver:
             assert not last, f"no log line matches {pattern!r}: {self.log}"
             time.sleep(0.01)
 
-    def connect(self, timeout: float = 30) -> http.client.HTTPConnection:
+    def connect(self, timeout: float = 30) -> HTTPConnection:
         if self.scheme == "http":
-            return http.client.HTTPConnection(self.host, self.port, timeout=timeout)
+            return HTTPConnection(self.host, self.port, timeout=timeout)
         context = ssl._create_unverified_context()
-        return http.client.HTTPSConnection(self.host, self.port, timeout=timeout, context=context)
+        return HTTPSConnection(self.host, self.port, timeout=timeout, context=context)
 
     def request(
         self,
@@ -180,16 +177,12 @@ class Receiver:
         target: str,
         body: Any = None,
         headers: dict[str, str] | None = None,
-        connection: http.client.HTTPConnection | None = None,
+        connection: HTTPConnection | None = None,
     ) -> Answer:
         """One request; on a connection of its own unless one is given."""
-        used = connection or self.connect()
-        try:
+        with nullcontext(connection) if connection else closing(self.connect()) as used:
             used.request(method, target, body, headers or {})
             return Answer.read(used.getresponse())
-        finally:
-            if connection is None:
-                used.close()
 
     def verify(self, pair: Pair, challenge: str = "a challenge") -> Answer:
         target = "/live?challenge=" + quote(challenge, safe="")
@@ -200,7 +193,7 @@ class Receiver:
         pair: Pair,
         body: bytes,
         content_type: str = "application/json",
-        connection: http.client.HTTPConnection | None = None,
+        connection: HTTPConnection | None = None,
         **headers: str,
     ) -> Answer:
         """A signed POST of `body` to the endpoint; `headers` replace the signed ones."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import http.client
 import itertools
 import json
-import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -34,27 +34,19 @@ class Load:
     answers: Counter[int] = field(default_factory=Counter)
     cut_off: int = 0
     faults: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.finishing, self.aborting = threading.Event(), threading.Event()
-        self.threads = [
-            threading.Thread(target=self._send, args=(number,), daemon=True)
-            for number in range(self.connections)
-        ]
+    finishing: bool = False
+    aborting: bool = False
 
     def __enter__(self) -> Load:
-        for thread in self.threads:
-            thread.start()
+        pool = ThreadPoolExecutor(self.connections)
+        self.threads = [pool.submit(self._send, number) for number in range(self.connections)]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """No new signals; what has been sent is sent until it is answered."""
-        if kind:
-            self.aborting.set()
-        self.finishing.set()
+        self.finishing, self.aborting = True, kind is not None
         for thread in self.threads:
-            thread.join(GIVE_UP + 10)
-            assert not thread.is_alive(), "a signal was never answered"
+            thread.result(GIVE_UP + 10)
 
     def reach(self, more: int) -> None:
         """Wait until `more` signals have been acknowledged than now."""
@@ -65,7 +57,7 @@ class Load:
         pair = self.pairs[number % len(self.pairs)]
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         for count in itertools.count():
-            if self.finishing.is_set():
+            if self.finishing:
                 return
             payload = signal_payload(sender=number, count=count, ballast="x" * self.size)
             body = pair.encrypt(payload) if count % 8 == 3 else payload
@@ -78,7 +70,7 @@ class Load:
     def _is_accepted(self, connection: http.client.HTTPConnection, pair: Pair, body: bytes) -> bool:
         """Send it again and again; False if that is given up."""
         deadline = time.monotonic() + GIVE_UP
-        while not self.aborting.is_set():
+        while not self.aborting:
             if time.monotonic() > deadline:
                 self.faults.append(f"no 200 within {GIVE_UP} s")
                 return False
