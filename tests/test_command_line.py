@@ -429,8 +429,8 @@ def test_demo_ends_with_the_consoles_address_and_goes_on_until_ctrl_c(tmp_path: 
         with urllib.request.urlopen(address, timeout=10) as answer:
             assert answer.headers.get_content_type() == "text/html"
         process.send_signal(signal.SIGINT)
-        assert out.read() == "", "more was said after the page's address"
         assert process.wait(15) == 0
+        assert out.read() == "", "more was said after the page's address"
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(address, timeout=10)
 
