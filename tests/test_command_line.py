@@ -5,8 +5,6 @@ That there is one file to run, and what it needs, is tested here too.
 
 from __future__ import annotations
 
-import contextlib
-import http.client
 import json
 import re
 import shlex
@@ -19,6 +17,8 @@ import threading
 import tomllib
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 
 import pytest
@@ -205,11 +205,15 @@ def test_with_access_log_each_request_is_a_line_of_plain_text(start: Start, pair
     assert all(line.isprintable() for line in receiver.log)
 
 
-BROKEN = """
-import sys, liveapi_server
-liveapi_server.SignalLog.run = lambda self: 1 / 0  # a thread's life
-sys.exit(liveapi_server.main())
-"""
+def broken(method: str) -> tuple[str, ...]:
+    """A wrapper that runs the program with a defect in this method."""
+    lines = (
+        "import sys, liveapi_server",
+        f"liveapi_server.{method} = lambda *_: 1 / 0",
+        "del sys.argv[1:3]",  # which are COMMAND
+        "sys.exit(liveapi_server.main())",
+    )
+    return ("env", f"PYTHONPATH={ROOT}", sys.executable, "-c", "\n".join(lines))
 
 
 @pytest.mark.parametrize("stderr", ["read", "closed"])
@@ -217,17 +221,15 @@ def test_a_defect_in_a_thread_ends_it_with_status_1_whatever_becomes_of_the_log(
     tmp_path: Path, pair: Pair, stderr: str
 ) -> None:
     pair.write(tmp_path / "keys")
-    wrapper = bash(f'PYTHONPATH={ROOT} exec "$@"' + " 2>&-" * (stderr == "closed"))
-    result = run(*wrapper, sys.executable, "-c", BROKEN, "--port", "0", cwd=tmp_path)
+    wrapper = bash('exec "$@"' + " 2>&-" * (stderr == "closed"))
+    result = run(*wrapper, *broken("SignalLog.run"), *COMMAND, "--port", "0", cwd=tmp_path)
     assert result.returncode == 1, result.stderr
     assert ("division by zero" in result.stderr) == (stderr == "read")
 
 
 def test_a_defect_while_a_signal_is_stored_ends_it_with_status_1(start: Start, pair: Pair) -> None:
-    program = BROKEN.replace("SignalLog.run", "Figures.committed")
-    program = program.replace("import liveapi_server", "import liveapi_server; del sys.argv[1:3]")
-    receiver = start(wrapper=(sys.executable, "-c", program), env={"PYTHONPATH": str(ROOT)})
-    with contextlib.suppress(OSError, http.client.HTTPException):
+    receiver = start(wrapper=broken("Figures.committed"))
+    with suppress(OSError, HTTPException):
         receiver.post(pair, signal_payload())
     assert receiver.process.wait(10) == 1
 
