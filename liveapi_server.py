@@ -540,7 +540,6 @@ TRIAL_SECONDS = 0.5  # what has failed just now is not tried again before
 STALL_SECONDS = 10.0  # a disk that takes longer for a commit cannot store signals
 DAY = 86400  # seconds
 FOR_ALL = os.O_CLOEXEC | os.O_NONBLOCK  # no child and no FIFO
-NOWHERE = (-1, -1, 0)
 
 
 class Disk:
@@ -639,7 +638,7 @@ class SignalLog:
         self.waiting = 0  # bytes of it
         self.window, self.window_size = OrderedDict[bytes, None](), window  # the newest keys
         self.storing = threading.Lock()  # guards the segment, which others only look at
-        self.fd, self.place = -1, NOWHERE  # device, inode, and bytes, all of acknowledged lines
+        self.fd, self.place = -1, (0, 0, 0)  # device, inode, and bytes, all of acknowledged lines
         self.day = 0.0  # of the segment, since the epoch
         self.damaged = False  # an error has met the segment: it waits for the recovery
         self.last_closed, self.closing_failed = datetime.fromtimestamp(0, UTC), False
@@ -694,7 +693,9 @@ class SignalLog:
             for waiter in entry.waiters:
                 waiter(stored)
         self.storing.release()  # only now, so that the next batch is not a batch of one
-        if self.pending or self.is_due():  # this thread has its own connection to go back to
+        with self.turn:  # else a line that was offered just before the release could go unseen
+            more = bool(self.pending)
+        if more or self.is_due():  # this thread has its own connection to go back to
             self.untended.set()
 
     def tend(self) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from harness import Pair, Receiver
+from peers import Certificate, make_certificate
 
 
 @pytest.fixture
@@ -19,17 +20,20 @@ def start(tmp_path: Path, pair: Pair) -> Iterator[Callable[..., Receiver]]:
     started: list[Receiver] = []
 
     def begin(*options: str, **more: Any) -> Receiver:
-        more.setdefault("pairs", (pair,))
-        receiver = Receiver(more.pop("directory", tmp_path), *options, **more)
+        receiver = Receiver(more.pop("directory", tmp_path), *options, **{"pairs": (pair,), **more})
         started.append(receiver)
         return receiver
 
     yield begin
     for receiver in started:
-        if receiver.process.poll() is None:
-            receiver.kill()
+        receiver.kill()
 
 
 @pytest.fixture
 def receiver(start: Callable[..., Receiver]) -> Receiver:
     return start()
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Certificate:
+    return make_certificate(tmp_path / "tls")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-import http.client
 import json
 import os
 import re
@@ -17,10 +16,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
 from pathlib import Path
-from typing import Any
+from subprocess import DEVNULL, PIPE, CompletedProcess, Popen
+from typing import IO, Any
 from urllib.parse import quote, urlsplit
 
 from cryptography.hazmat.primitives import hashes
@@ -29,6 +31,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "liveapi_server.py"
+COMMAND = (sys.executable, str(PROGRAM))
 sys.set_int_max_str_digits(0)  # a signal's numbers may be of any size
 
 ACCEPTED = {"message": "message received"}
@@ -66,14 +69,11 @@ class Pair:
 
     def encrypt(self, payload: bytes, header: dict[str, Any] | None = None) -> bytes:
         """A JWE in compact serialization as protocol.md describes it (dir, A256GCM)."""
-        key = HKDF(hashes.SHA256(), 32, self.public.encode(), b"liveapi-jwe-A256GCM").derive(
-            self.private.encode()
-        )
-        protected = b64url(
-            json.dumps(header or {"alg": "dir", "enc": "A256GCM", "kid": self.public}).encode()
-        )
-        iv = secrets.token_bytes(12)
-        sealed = AESGCM(key).encrypt(iv, payload, protected.encode())
+        derive = HKDF(hashes.SHA256(), 32, self.public.encode(), b"liveapi-jwe-A256GCM").derive
+        header = header or {"alg": "dir", "enc": "A256GCM", "kid": self.public}
+        protected, iv = b64url(json.dumps(header).encode()), secrets.token_bytes(12)
+        key = AESGCM(derive(self.private.encode()))
+        sealed = key.encrypt(iv, payload, protected.encode())
         return f"{protected}..{b64url(iv)}.{b64url(sealed[:-16])}.{b64url(sealed[-16:])}".encode()
 
 
@@ -96,7 +96,7 @@ class Answer:
     body: bytes
 
     @classmethod
-    def read(cls, response: http.client.HTTPResponse) -> Answer:
+    def read(cls, response: HTTPResponse) -> Answer:
         headers = {name.lower(): value for name, value in response.getheaders()}
         return cls(response.status, headers, response.read())
 
@@ -107,6 +107,11 @@ class Answer:
     @property
     def closes(self) -> bool:
         return "close" in self.headers.get("connection", "").lower().split(", ")
+
+
+def bash(script: str) -> tuple[str, ...]:
+    """A wrapper: `script`, in which "$@" is the program and its options."""
+    return ("bash", "-c", script, "bash")
 
 
 class Receiver:
@@ -120,64 +125,51 @@ class Receiver:
         env: dict[str, str] | None = None,
         wrapper: tuple[str, ...] = (),
         port: int = 0,
+        ready: bool = True,
     ) -> None:
-        self.directory = directory
-        self.keys = directory / "keys"
+        self.directory, self.keys = directory, directory / "keys"
         self.signals = directory / "signals"
+        self.current = self.signals / "current.jsonl"  # the open segment
         for pair in pairs:
             pair.write(self.keys)
         self.log: list[str] = []
-        self.command = [*wrapper, sys.executable, str(PROGRAM), "--keys", str(self.keys)]
+        self.command = [*wrapper, *COMMAND, "--keys", str(self.keys)]
         self.command += ["--signals", str(self.signals), "--port", str(port), *options]
-        self.process = subprocess.Popen(
-            self.command,
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-            cwd=directory,
-            env={**os.environ, **(env or {})},
+        env = {**os.environ, **(env or {})}
+        self.process = Popen(
+            self.command, cwd=directory, env=env, stdout=DEVNULL, stderr=PIPE, text=True
         )
-        self._changed = threading.Condition()
-        threading.Thread(target=self._read_log, daemon=True).start()
-        line = self.wait_for_log(r"https?://\S+", 20)
-        found = re.search(r"(https?://[^\s,;]+)", line)
-        assert found
-        self.url = found[1].rstrip(".")
-        parts = urlsplit(self.url)
-        assert parts.hostname
-        assert parts.port
-        self.scheme, self.host, self.port = parts.scheme, parts.hostname, parts.port
+        self._reader = threading.Thread(target=self._read_log, daemon=True)
+        self._reader.start()
+        self.scheme, self.host, self.port = "http", "127.0.0.1", port
+        if ready:
+            line = self.wait_for_log("https?://", 20)
+            self.url = re.findall(r"https?://[^\s,;]+", line)[0].rstrip(".")
+            parts = urlsplit(self.url)
+            self.scheme, self.host, self.port = parts.scheme, parts.hostname or "", parts.port or 0
 
     def _read_log(self) -> None:
         assert self.process.stderr
         for line in self.process.stderr:
-            with self._changed:
-                self.log.append(line.rstrip("\n"))
-                self._changed.notify_all()
-        with self._changed:
-            self.log.append("(end of log)")
-            self._changed.notify_all()
+            self.log.append(line.rstrip("\n"))
+        self.log.append("(end of log)")
 
     def wait_for_log(self, pattern: str, seconds: float = 10, start: int = 0) -> str:
         """The first log line from index `start` on that matches; AssertionError if none comes."""
         deadline = time.monotonic() + seconds
-        with self._changed:
-            while True:
-                for line in self.log[start:]:
-                    if re.search(pattern, line):
-                        return line
-                left = deadline - time.monotonic()
-                if left <= 0 or "(end of log)" in self.log[start:]:
-                    raise AssertionError(f"no log line matches {pattern!r}: {self.log}")
-                self._changed.wait(left)
+        while True:
+            last = time.monotonic() > deadline or not self._reader.is_alive()
+            for line in self.log[start:]:
+                if re.search(pattern, line):
+                    return line
+            assert not last, f"no log line matches {pattern!r}: {self.log}"
+            time.sleep(0.01)
 
-    def connect(self, timeout: float = 30) -> http.client.HTTPConnection:
-        if self.scheme == "https":
-            context = ssl._create_unverified_context()
-            return http.client.HTTPSConnection(
-                self.host, self.port, timeout=timeout, context=context
-            )
-        return http.client.HTTPConnection(self.host, self.port, timeout=timeout)
+    def connect(self, timeout: float = 30) -> HTTPConnection:
+        if self.scheme == "http":
+            return HTTPConnection(self.host, self.port, timeout=timeout)
+        context = ssl._create_unverified_context()
+        return HTTPSConnection(self.host, self.port, timeout=timeout, context=context)
 
     def request(
         self,
@@ -185,50 +177,35 @@ class Receiver:
         target: str,
         body: Any = None,
         headers: dict[str, str] | None = None,
-        connection: http.client.HTTPConnection | None = None,
-        **options: Any,
+        connection: HTTPConnection | None = None,
     ) -> Answer:
         """One request; on a connection of its own unless one is given."""
-        used = connection or self.connect()
-        try:
-            used.request(method, target, body, headers or {}, **options)
+        with nullcontext(connection) if connection else closing(self.connect()) as used:
+            used.request(method, target, body, headers or {})
             return Answer.read(used.getresponse())
-        finally:
-            if connection is None:
-                used.close()
 
     def verify(self, pair: Pair, challenge: str = "a challenge") -> Answer:
-        return self.request(
-            "GET",
-            "/live?challenge=" + quote(challenge, safe=""),
-            headers={"x-notificare-public-key": pair.public},
-        )
+        target = "/live?challenge=" + quote(challenge, safe="")
+        return self.request("GET", target, headers={"x-notificare-public-key": pair.public})
 
     def post(
         self,
         pair: Pair,
         body: bytes,
         content_type: str = "application/json",
-        connection: http.client.HTTPConnection | None = None,
+        connection: HTTPConnection | None = None,
         **headers: str,
     ) -> Answer:
         """A signed POST of `body` to the endpoint; `headers` replace the signed ones."""
-        return self.request(
-            "POST", "/live", body, {**pair.headers(body, content_type), **headers}, connection
-        )
+        headers = {**pair.headers(body, content_type), **headers}
+        return self.request("POST", "/live", body, headers, connection)
 
     def post_encrypted(self, pair: Pair, payload: bytes) -> Answer:
         return self.post(pair, pair.encrypt(payload), "application/jose")
 
-    @property
-    def current(self) -> Path:
-        """The open segment."""
-        return self.signals / "current.jsonl"
-
     def closed_segments(self) -> list[Path]:
         """The closed segments of the log, oldest first."""
-        closed = re.compile(r"\d{8}T\d{6}\.\d{6}Z\.jsonl")
-        return sorted(p for p in self.signals.glob("*.jsonl") if closed.fullmatch(p.name))
+        return sorted(self.signals.glob("????????T??????.??????Z.jsonl"))
 
     def segments(self) -> list[Path]:
         """The closed segments of the log, oldest first, then the open one."""
@@ -250,40 +227,60 @@ class Receiver:
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
-    def stop(self, number: int = 15, within: float = 15) -> int:
-        """Ask it to end, and give its exit status."""
-        if self.process.poll() is None:
-            self.signal(number)
-        return self.process.wait(within)
+    def stop(self, number: int = 15) -> int:
+        """Ask it to end, and give its exit status; the log is whole then."""
+        self.signal(number)
+        status = self.process.wait(15)
+        self._reader.join(5)
+        return status
 
     def kill(self) -> None:
         self.process.kill()
         self.process.wait(10)
 
 
-def run(
-    *arguments: str, cwd: Path | None = None, within: float = 60, env: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run the program to its end; for starts that should fail, and for check and demo."""
-    return subprocess.run(
-        [sys.executable, str(PROGRAM), *arguments],
-        cwd=cwd or tempfile.gettempdir(),
-        env={**os.environ, **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=within,
-    )
+Start = Callable[..., Receiver]  # the fixture, see conftest.py
 
 
-def eventually(check: Any, seconds: float = 10, every: float = 0.02) -> Any:
+def run(*command: str | Path, cwd: Path | None = None) -> CompletedProcess[str]:
+    """Run a command to its end."""
+    cwd = cwd or Path(tempfile.gettempdir())
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+@contextmanager
+def running(*command: str, cwd: Path) -> Iterator[tuple[Popen[str], IO[str], IO[str]]]:
+    """A command while it runs, its standard output and error; what has not ended is killed."""
+    with Popen(command, cwd=cwd, stdout=PIPE, stderr=PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stderr
+        try:
+            yield process, process.stdout, process.stderr
+        finally:
+            process.kill()
+
+
+def one_clear_line(result: CompletedProcess[str]) -> str:
+    """What is said by a start that was a mistake."""
+    assert result.returncode == 2, result
+    (line,) = result.stderr.strip().splitlines()
+    return line
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    assert time.monotonic() - began < seconds
+
+
+def eventually(check: Callable[[], Any], seconds: float = 10, every: float = 0.02) -> Any:
     """Call `check` until it gives a true value; its last value, or an AssertionError."""
     deadline = time.monotonic() + seconds
-    while True:
-        value = check()
-        if value:
-            return value
+    while not (value := check()):
         assert time.monotonic() < deadline, f"not so within {seconds} s: {check}"
         time.sleep(every)
+    return value
 
 
 def free_ports(count: int) -> Iterator[int]:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from disks import (
     stored_line,
     wait_for_call,
 )
-from harness import Answer, Pair, Receiver, eventually, signal_payload
+from harness import Answer, Pair, Receiver, Start, eventually, signal_payload
 from load import Load, balance
 from tools import needs_strace
 from wire import Wire, ask, post_bytes, request_bytes
@@ -104,7 +104,7 @@ def kept(receiver: Receiver, pair: Pair) -> Kept:
 
 @pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
 def test_on_a_full_disk_it_answers_503_and_recovers_by_itself_when_there_is_space(
-    tmp_path: Path, start: Callable[..., Receiver], pair: Pair, kind: str
+    tmp_path: Path, start: Start, pair: Pair, kind: str
 ) -> None:
     with small_file_system(kind, tmp_path / "signals") as small_disk:
         receiver = start()
@@ -137,7 +137,7 @@ def test_on_a_full_disk_it_answers_503_and_recovers_by_itself_when_there_is_spac
 
 @pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
 def test_a_disk_that_fills_up_under_load_loses_and_doubles_nothing(
-    tmp_path: Path, start: Callable[..., Receiver], pair: Pair, kind: str
+    tmp_path: Path, start: Start, pair: Pair, kind: str
 ) -> None:
     with small_file_system(kind, tmp_path / "signals") as small_disk:
         receiver = start("--segment-bytes", "50000")
@@ -156,7 +156,7 @@ def test_a_disk_that_fills_up_under_load_loses_and_doubles_nothing(
 
 @pytest.mark.parametrize("full_of", ["bytes", "files"])
 def test_a_start_on_a_full_disk_starts_and_says_so_and_stores_when_there_is_space(
-    tmp_path: Path, start: Callable[..., Receiver], pair: Pair, full_of: str
+    tmp_path: Path, start: Start, pair: Pair, full_of: str
 ) -> None:
     size = "size=4m,nr_inodes=10"
     with mounted(tmp_path / "signals", "-t", "tmpfs", "-o", size, "tmpfs") as where:
@@ -312,7 +312,7 @@ def test_a_short_write_is_cut_back_at_once_and_the_next_file_takes_what_comes(ke
 
 @needs_strace
 def test_a_closing_that_is_due_and_cannot_rename_leaves_the_segment_open_and_storing(
-    start: Callable[..., Receiver], pair: Pair, tmp_path: Path
+    start: Start, pair: Pair, tmp_path: Path
 ) -> None:
     receiver = start("--segment-bytes", "600")
     payloads = [signal_payload() for _ in range(8)]
@@ -492,7 +492,7 @@ def test_a_segment_renamed_under_load_loses_nothing(receiver: Receiver, pair: Pa
 
 @pytest.mark.parametrize("name", ["99991399T999999", "00001399T999999", "99991231T235959"])
 def test_a_file_with_an_impossible_time_in_its_name_does_no_harm(
-    start: Callable[..., Receiver], tmp_path: Path, pair: Pair, name: str
+    start: Start, tmp_path: Path, pair: Pair, name: str
 ) -> None:
     stray = tmp_path / "signals" / f"{name}.999999Z.jsonl"
     stray.parent.mkdir()

@@ -13,14 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 from disks import ids, refused_start, store, stored_line, traced
-from harness import ACCEPTED, Pair, Receiver, eventually, payload_id, signal_payload
+from harness import ACCEPTED, Pair, Receiver, Start, bash, eventually, signal_payload
 from peers import at_once
 from tools import LIBFAKETIME, needs_faketime, needs_strace
 
@@ -30,7 +29,6 @@ LINE = re.compile(
     re.DOTALL,
 )
 HOUR = 3600.0
-Start = Callable[..., Receiver]
 
 
 def closed_at(path: Path) -> datetime:
@@ -66,8 +64,7 @@ def test_a_line_is_as_the_contract_shows_it_and_there_when_its_answer_comes(
 def test_segments_have_mode_0640_and_the_lock_0600_whatever_the_umask(
     start: Start, pair: Pair, umask: str
 ) -> None:
-    mask = ("sh", "-c", f'umask {umask}; exec "$@"', "sh")
-    receiver = start("--segment-bytes", "400", wrapper=mask)
+    receiver = start("--segment-bytes", "400", wrapper=bash(f'umask {umask}; exec "$@"'))
     store(receiver, pair, *(signal_payload() for _ in range(5)))
     receiver.stop()
     modes = {path: stat.S_IMODE(path.stat().st_mode) for path in receiver.signals.iterdir()}
@@ -167,7 +164,7 @@ def test_an_answer_leaves_after_the_sync_of_its_line_and_of_each_directory_entry
     made = 0
     for payload in payloads:  # each has a segment of its own
         made = first(r"openat\(.*current\.jsonl.*O_CREAT", made)
-        written = first(r"write\w*\(.*" + payload_id(payload), made)
+        written = first(rf"write\w*\(.*{ids(payload)[0]}", made)
         answered = first(r"(send\w*|write)\(.*200 OK", written)
         assert first(r"fdatasync(\(.*current\.jsonl>| resumed>)\) += 0", written) < answered
         # A file that is not in its directory is not on disk, whatever its data is.

@@ -10,45 +10,38 @@ import gzip
 import json
 import os
 import re
-import shutil
 import socket
 import ssl
-import subprocess
 import sys
-from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from subprocess import PIPE, CompletedProcess, Popen
 
 import pytest
-from harness import ROOT, Pair, Receiver, free_ports, run, signal_payload
+from harness import COMMAND, ROOT, Pair, Receiver, Start, free_ports, run, signal_payload
+from tools import MODULES, needs, needs_programs
 
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CHANGELOG.md", ROOT / "keys/README.md", *sorted(ROOT.glob("docs/*.md"))]
 MARKED = re.compile(r"<!-- tested: (\S+) -->\n+```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
-MODULES = Path(os.environ.get("LIVEAPI_NODE_MODULES", ROOT / "node_modules"))
-CHECK = "re.notifica.event.custom.liveapi_check"
+MARKED_EXAMPLES = [each for page in PAGES for each in MARKED.findall(page.read_text())]
+EXAMPLES = {name: text for name, _, text in MARKED_EXAMPLES}
+assert len(EXAMPLES) == len(MARKED_EXAMPLES), "a name twice"
+SECTIONS = """Try it, Install as a service, From the Dashboard to the first signal, If Verify fails,
+Read the log, Watch and alert, When things fail, Options, Files on disk, How fast,
+How it is built and how to work on it"""
 
 
-def needs(*programs: str) -> Any:
-    missing = [each for each in programs if shutil.which(each) is None]
-    return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}")
-
-
-def examples() -> dict[str, str]:
-    found = [each for page in PAGES for each in MARKED.findall(page.read_text())]
-    assert len({name for name, _, _ in found}) == len(found), "a name twice"
-    return {name: text for name, _, text in found}
-
-
-EXAMPLES = examples()
-
-
-def shell(script: str, directory: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", "-c", script], cwd=directory, capture_output=True, text=True, timeout=30
-    )
+def example(name: str, directory: Path, *replaced: tuple[str, str]) -> CompletedProcess[str]:
+    """Run an example, or what a line has cron run, beside `keys/` and `signals/`."""
+    script = re.sub(r"^(?:\S+ ){5}root ", "", EXAMPLES[name])
+    command = ["bash", "-o", "pipefail", "-c"] if script == EXAMPLES[name] else ["sh", "-c"]
+    for old, new in replaced:
+        assert old in script
+        script = script.replace(old, new)
+    return run(*command, script, cwd=directory)
 
 
 def section(page: Path, heading: str) -> str:
@@ -69,19 +62,8 @@ def rows(text: str) -> list[list[str]]:
 
 def test_the_readme_has_at_most_320_lines_and_its_sections_in_order() -> None:
     assert len(README.read_text().splitlines()) <= 320
-    assert re.findall(r"^## (.*)", README.read_text(), re.M) == [
-        "Try it",
-        "Install as a service",
-        "From the Dashboard to the first signal",
-        "If Verify fails",
-        "Read the log",
-        "Watch and alert",
-        "When things fail",
-        "Options",
-        "Files on disk",
-        "How fast",
-        "How it is built and how to work on it",
-    ]
+    headings = re.findall(r"^## (.*)", README.read_text(), re.M)
+    assert headings == re.split(r",\s", SECTIONS)
 
 
 @pytest.mark.parametrize("word", ["demo", "pytest"])
@@ -107,14 +89,13 @@ def test_python_is_called_python3_and_every_shell_example_is_good_shell(page: Pa
         assert not re.search(r"(?<![\w/.-])python (?!-)", text), text
         if language == "sh":
             script = re.sub(rf"^{indent}", "", text, flags=re.M)
-            checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
-            assert checked.stderr == "", text
+            assert run("bash", "-n", "-c", script).stderr == "", text
             # Pasted together with what follows, apt would swallow it.
             assert "apt-get install" not in script or script.count("\n") == 1
 
 
 def test_the_table_of_options_is_what_help_says() -> None:
-    told = run("serve", "--help").stdout
+    told = run(*COMMAND, "serve", "--help").stdout
     help_text = " ".join(told[told.index("\noptions:") :].split())
     listed: list[str] = []
     for option, default, _ in rows(section(README, "Options")):
@@ -125,6 +106,7 @@ def test_the_table_of_options_is_what_help_says() -> None:
             found = re.search(rf"(?<= ){flag} ?(.*?)(?= --[a-z]|$)", help_text)
             assert found, f"{flag} is not in --help"
             assert found[1].startswith(metavar)
+            assert len(found[1].split()) > 3, f"{flag} is not explained"
             if value not in ("off", "none"):
                 assert re.search(rf"default: {re.escape(value)}(?:\.0)?\)", found[1]), found[1]
     assert sorted([*listed, "--help", "--version"]) == sorted(set(re.findall(r"--[a-z-]+", told)))
@@ -146,42 +128,28 @@ def test_a_line_of_the_log_is_as_the_readme_shows_it(receiver: Receiver, pair: P
 # The tables of what the log shows
 
 
-def verify(receiver: Receiver, path: str = "/live", **headers: str) -> None:
-    fields = {name.replace("_", "-"): value for name, value in headers.items()}
-    receiver.request("GET", f"{path}?challenge=abc", headers=fields)
+def test_the_table_of_failed_verifies_is_what_the_log_shows(receiver: Receiver, pair: Pair) -> None:
+    def verify(path: str, public: str = "") -> None:
+        headers = {"x-notificare-public-key": public} if public else {}
+        receiver.request("GET", f"{path}?challenge=abc", headers=headers)
 
-
-def greet_by_tls(receiver: Receiver) -> None:
-    with socket.create_connection((receiver.host, receiver.port)) as plain:
-        plain.settimeout(5)
-        with pytest.raises(OSError):  # noqa: PT011  (whatever it makes of the answer)
+    def greet_by_tls() -> None:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", receiver.port), 5) as plain:
             ssl.create_default_context().wrap_socket(plain, server_hostname="localhost")
 
-
-FAILED_VERIFIES: dict[str, Callable[[Receiver, Pair], None]] = {
-    "Verify: answered": lambda receiver, pair: verify(
-        receiver, x_notificare_public_key=pair.public
-    ),
-    "invalid public key": lambda receiver, pair: verify(
-        receiver, x_notificare_public_key=Pair("other").public
-    ),
-    "swapped": lambda receiver, pair: verify(receiver, x_notificare_public_key=pair.private),
-    "missing parameters": lambda receiver, pair: verify(receiver),
-    "malformed request line": lambda receiver, pair: greet_by_tls(receiver),
-    "no such path": lambda receiver, pair: verify(
-        receiver, "/hook", x_notificare_public_key=pair.public
-    ),
-}
-
-
-def test_what_the_table_says_of_a_verify_that_fails_is_what_the_log_shows(
-    receiver: Receiver, pair: Pair
-) -> None:
+    causes = {
+        "Verify: answered": lambda: verify("/live", pair.public),
+        "invalid public key": lambda: verify("/live", Pair("other").public),
+        "swapped": lambda: verify("/live", pair.private),
+        "missing parameters": lambda: verify("/live"),
+        "malformed request line": greet_by_tls,
+        "no such path": lambda: verify("/hook", pair.public),
+    }
     shown = [row[0].strip("`") for row in rows(section(README, "If Verify fails"))]
-    assert shown == ["nothing", *FAILED_VERIFIES]
-    for fragment, happen in FAILED_VERIFIES.items():
+    assert shown == ["nothing", *causes]
+    for fragment, cause in causes.items():
         start = len(receiver.log)
-        happen(receiver, pair)
+        cause()
         receiver.wait_for_log(re.escape(fragment), start=start)
 
 
@@ -201,42 +169,28 @@ def test_the_lines_of_the_journal_that_are_explained_are_the_programs() -> None:
             assert fragment.strip() in program, f"{fragment!r} of {line!r}"
 
 
-def test_the_table_of_metrics_is_what_the_console_gives(
-    start: Callable[..., Receiver], pair: Pair
-) -> None:
-    (port,) = free_ports(1)
-    receiver = start("--console", str(port))
-    connection = receiver.connect()
-    connection.port = port
-    shown = receiver.request("GET", "/metrics", connection=connection).body.decode()
-    connection.close()
-    listed = re.findall(r"^\| `(liveapi_\w+)", (ROOT / "docs/alerts.md").read_text(), re.M)
-    assert sorted(listed) == sorted(re.findall(r"^# TYPE (\w+)", shown, re.M))
-
-
 # The recipes
 
 
 @pytest.fixture
-def log(start: Callable[..., Receiver], pair: Pair, tmp_path: Path) -> Path:
+def log(start: Start, pair: Pair, tmp_path: Path) -> Path:
     """A directory with `signals/` of two instances, in some segments, one of them compressed.
 
     Signals that jq 1.6 cannot read or reckon with, and check's, are among the others.
     """
     other = Pair("my-app-2")
     receiver = start("--segment-bytes", "1000", pairs=(pair, other))
-    for number in range(4):
-        assert receiver.post(pair, signal_payload(userID=f"user-{number}")).status == 200
-    assert receiver.post(other, signal_payload(userID="other's")).status == 200
-    for strange in (
+    for payload in (
+        *(signal_payload(userID=f"user-{number}") for number in range(4)),
         b'{"type":"re.notifica.event.custom.half","data":"\\ud800"}',
         b'{"type":"re.notifica.event.custom.deep","data":' + b"[" * 400 + b"]" * 400 + b"}",
         b'{"type":"re.notifica.event.custom.late","data":[],"timestamp":1e400}',
         b'{"type":"re.notifica.event.custom.text","timestamp":"now"}',
-        json.dumps({"type": CHECK, "data": {}, "timestamp": 1}).encode(),
+        b'{"type":"re.notifica.event.custom.liveapi_check","data":{},"timestamp":1}',
         signal_payload(type="re.notifica.event.application.Open", userID="é😀"),
     ):
-        assert receiver.post(pair, strange).status == 200
+        assert receiver.post(pair, payload).status == 200
+    assert receiver.post(other, signal_payload(userID="other's")).status == 200
     assert receiver.stop() == 0
     closed = receiver.closed_segments()
     assert len(closed) >= 2
@@ -246,20 +200,17 @@ def log(start: Callable[..., Receiver], pair: Pair, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def recipe(name: str, directory: Path) -> str:
-    """What a recipe prints, run beside `signals/`; it may not complain."""
-    result = shell("set -o pipefail; " + EXAMPLES[name], directory)
+def recipe(name: str, directory: Path, *replaced: tuple[str, str]) -> str:
+    """What a recipe prints; it may not complain."""
+    result = example(name, directory, *replaced)
     assert (result.returncode, result.stderr) == (0, "")
     return result.stdout
 
 
-@needs("jq", "zcat")
-def test_the_recipe_that_counts_by_type_counts_all_that_jq_can_read_but_not_checks_signals(
-    log: Path,
-) -> None:
-    counted = {
-        kind: int(count) for count, kind in map(str.split, recipe("count", log).splitlines())
-    }
+@needs_programs("jq", "zcat")
+def test_the_recipe_by_type_counts_all_that_jq_can_read_but_checks_signals(log: Path) -> None:
+    lines = map(str.split, recipe("count", log).splitlines())
+    counted = {kind: int(count) for count, kind in lines}
     for at_times in ("half", "deep"):  # depending on the version of jq
         counted.pop(f"re.notifica.event.custom.{at_times}", None)
     assert counted == {
@@ -270,7 +221,7 @@ def test_the_recipe_that_counts_by_type_counts_all_that_jq_can_read_but_not_chec
     }
 
 
-@needs("jq", "zcat")
+@needs_programs("jq", "zcat")
 def test_the_recipe_for_dates_shows_the_signals_own_time_beside_that_of_receipt(log: Path) -> None:
     shown = [json.loads(line) for line in recipe("dates", log).splitlines()]
     assert all(re.match(r"20\d\d-\d\d-\d\dT", when) for when, _, _ in shown)
@@ -278,7 +229,7 @@ def test_the_recipe_for_dates_shows_the_signals_own_time_beside_that_of_receipt(
     assert dates == ["2015-01-19T08:34:11Z"] * 6
 
 
-@needs("zcat", "grep")
+@needs_programs("zcat", "grep")
 def test_the_recipe_for_yesterday_gives_one_apps_lines_whole_and_in_order(log: Path) -> None:
     today = datetime.now(UTC)
     yesterday = today - timedelta(days=1)
@@ -295,19 +246,14 @@ def test_the_recipe_for_yesterday_gives_one_apps_lines_whole_and_in_order(log: P
     assert recipe("yesterday", log) == "".join(wanted)
 
 
-@needs("jq", "tail")
-def test_the_recipe_that_follows_the_log_shows_signals_as_they_come(
-    start: Callable[..., Receiver], pair: Pair, tmp_path: Path
-) -> None:
+@needs_programs("jq", "tail")
+def test_the_recipe_that_follows_shows_signals_as_they_come(start: Start, pair: Pair) -> None:
     receiver = start("--segment-bytes", "600")
     receiver.post(pair, signal_payload(userID="before"))
-    with subprocess.Popen(
-        ["sh", "-c", EXAMPLES["follow"]],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,  # tail says when it goes on in a new file
-        text=True,
-        start_new_session=True,
+    # tail says when it goes on in a new file.
+    command = ["sh", "-c", "exec 2>/dev/null\n" + EXAMPLES["follow"]]
+    with Popen(
+        command, cwd=receiver.directory, stdout=PIPE, text=True, start_new_session=True
     ) as process:
         assert process.stdout
         try:
@@ -321,102 +267,70 @@ def test_the_recipe_that_follows_the_log_shows_signals_as_they_come(
             os.killpg(process.pid, 15)  # its own session: the shell, tail and jq
 
 
-@needs("sha256sum")
-def test_the_recipe_for_a_fingerprint_gives_what_the_log_says(
-    receiver: Receiver, pair: Pair, tmp_path: Path
-) -> None:
-    shown = shell(EXAMPLES["fingerprint"].replace("/etc/liveapi/keys", "keys"), tmp_path).stdout
-    assert receiver.wait_for_log(r"public key of my-app: SHA-256 " + shown.strip())
+@needs_programs("sha256sum")
+def test_the_recipe_for_a_fingerprint_gives_the_logs_own(receiver: Receiver, pair: Pair) -> None:
+    shown = recipe("fingerprint", receiver.directory, ("/etc/liveapi/keys", "keys"))
+    assert receiver.wait_for_log("public key of my-app: SHA-256 " + shown.strip())
 
 
-def cron(name: str, directory: Path, *replaced: tuple[str, str]) -> str:
-    """What a line for cron prints: cron makes a mail of it."""
-    line = re.sub(r"^(?:\S+ ){5}root ", "", EXAMPLES[name])
-    for old, new in replaced:
-        assert old in line
-        line = line.replace(old, new)
-    done = shell(line, directory)
-    return done.stdout + done.stderr
-
-
-@needs("curl")
-def test_the_line_for_cron_is_silent_while_all_is_well_and_not_when_nothing_answers(
-    receiver: Receiver, tmp_path: Path
-) -> None:
+@needs_programs("curl")
+def test_the_line_for_cron_speaks_only_when_nothing_answers(receiver: Receiver) -> None:
     port = (":3014/", f":{receiver.port}/")
-    assert cron("cron", tmp_path, port) == ""
+    assert recipe("cron", receiver.directory, port) == ""
     receiver.stop()
-    assert cron("cron", tmp_path, port) != ""
+    assert "curl:" in example("cron", receiver.directory, port).stderr
 
 
-def test_the_line_for_cron_that_misses_signals_is_silent_while_they_come(
-    receiver: Receiver, pair: Pair, tmp_path: Path
+def test_the_other_line_for_cron_speaks_only_when_no_signal_has_come(
+    receiver: Receiver, pair: Pair
 ) -> None:
     place = ("/var/lib/liveapi/", "")
-    assert "no signal" in cron("cron-quiet", tmp_path, place)
+    assert "no signal" in recipe("cron-quiet", receiver.directory, place)
     receiver.post(pair, signal_payload())
-    assert cron("cron-quiet", tmp_path, place) == ""
+    assert recipe("cron-quiet", receiver.directory, place) == ""
 
 
-@needs("rsync")
-def test_a_backup_holds_every_line_and_can_be_taken_again(
-    receiver: Receiver, pair: Pair, tmp_path: Path
-) -> None:
-    script = EXAMPLES["backup"].replace("/var/lib/liveapi/", "")
-    script = script.replace("backup.example.com:liveapi/", "copy/")
-    (tmp_path / "copy").mkdir()
+@needs_programs("rsync")
+def test_a_backup_holds_every_line_and_can_be_taken_again(receiver: Receiver, pair: Pair) -> None:
+    copy = receiver.directory / "copy"
+    copy.mkdir()
+    places = (("/var/lib/liveapi/", ""), ("backup.example.com:liveapi/", "copy/"))
     for _ in range(2):
         receiver.post(pair, signal_payload())
-        assert shell(script, tmp_path).stderr == ""
-        assert (tmp_path / "copy/signals/current.jsonl").read_bytes() == receiver.raw()
+        recipe("backup", receiver.directory, *places)
+        assert (copy / "signals/current.jsonl").read_bytes() == receiver.raw()
 
 
-@needs("curl")
-def test_the_stream_of_the_console_is_read_by_curl(
-    start: Callable[..., Receiver], pair: Pair, tmp_path: Path
-) -> None:
+@needs_programs("curl")
+def test_the_stream_of_the_console_is_read_by_curl(start: Start, pair: Pair) -> None:
     (port,) = free_ports(1)
     receiver = start("--console", str(port))
     receiver.post(pair, signal_payload(userID="somebody"))
-    script = EXAMPLES["stream"].replace("curl", "curl -m 2").replace(":3015", f":{port}")
-    assert "somebody" in shell(script, tmp_path).stdout
+    replaced = (("curl", "curl -m 2"), (":3015", f":{port}"))
+    assert "somebody" in example("stream", receiver.directory, *replaced).stdout
 
 
 # Encrypted signals
 
 
-def sent(receiver: Receiver, pair: Pair, command: list[str], directory: Path) -> None:
-    """Run a sender beside `keys/`, twice: two encrypted signals are stored in clear."""
+@pytest.mark.parametrize(
+    ("example", "file", "command"),
+    [
+        ("sender-python", "sender.py", sys.executable),
+        pytest.param("sender-node", "sender.mjs", "node", marks=needs("jose")),
+    ],
+)
+def test_the_encrypted_sender_works_in_twenty_lines(
+    receiver: Receiver, pair: Pair, tmp_path: Path, example: str, file: str, command: str
+) -> None:
+    (tmp_path / file).write_text(EXAMPLES[example])
+    (tmp_path / "node_modules").symlink_to(MODULES.resolve())
+    assert len([line for line in EXAMPLES[example].splitlines() if line.strip()]) <= 20
     for count in (1, 2):
-        result = subprocess.run(
-            [*command, receiver.url, pair.name],
-            cwd=directory,
-            capture_output=True,
-            text=True,
-            timeout=30,
-        )
+        result = run(command, file, receiver.url, pair.name, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         assert "message received" in result.stdout
         assert len(receiver.lines(pair.name)) == count
     line = receiver.lines(pair.name)[0]
     assert line["signal"]["type"].startswith("re.notifica.event.custom.")
     assert isinstance(line["signal"]["timestamp"], int)
-
-
-def test_the_encrypted_sender_in_python_works_in_twenty_lines(
-    receiver: Receiver, pair: Pair, tmp_path: Path
-) -> None:
-    (tmp_path / "sender.py").write_text(EXAMPLES["sender-python"])
-    assert len([line for line in EXAMPLES["sender-python"].splitlines() if line.strip()]) <= 20
-    sent(receiver, pair, [sys.executable, "sender.py"], tmp_path)
-
-
-@needs("node")
-@pytest.mark.skipif(not (MODULES / "jose").is_dir(), reason=f"needs jose from npm in {MODULES}")
-def test_the_encrypted_sender_in_node_works_in_twenty_lines(
-    receiver: Receiver, pair: Pair, tmp_path: Path
-) -> None:
-    (tmp_path / "sender.mjs").write_text(EXAMPLES["sender-node"])
-    (tmp_path / "node_modules").symlink_to(MODULES.resolve())
-    assert len([line for line in EXAMPLES["sender-node"].splitlines() if line.strip()]) <= 20
-    sent(receiver, pair, ["node", "sender.mjs"], tmp_path)

@@ -16,10 +16,17 @@ from harness import ROOT
 
 LIBFAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))), None)
 needs_faketime = pytest.mark.skipif(LIBFAKETIME is None, reason="needs Debian's libfaketime")
-needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="needs Debian's strace")
 
 NODE = shutil.which("node")
 MODULES = Path(os.environ.get("LIVEAPI_NODE_MODULES", ROOT / "node_modules"))
+
+
+def needs_programs(*names: str) -> Any:
+    missing = [each for each in names if shutil.which(each) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}")
+
+
+needs_strace = needs_programs("strace")
 
 
 def needs(package: str) -> Any:

@@ -16,7 +16,6 @@ import math
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -62,26 +61,22 @@ def kill_run(directory: Path, kills: int, seconds: float = math.inf) -> tuple[in
                     receiver.signal(signal.SIGCONT)
                     load.reach(1)
                 if made % 6 == 2:
-                    assert receiver.stop(within=10) == 0
-                else:
-                    receiver.kill()
+                    receiver.signal(signal.SIGTERM)
+                    assert receiver.process.wait(10) == 0
+                receiver.kill()
                 seen = receiver.raw()
                 made += 1
                 if made % 6 == 0:
-                    hasty = subprocess.Popen(
-                        receiver.command, cwd=directory, stderr=subprocess.DEVNULL
-                    )
+                    hasty = Receiver(directory, *OPTIONS, port=port, ready=False)
                     time.sleep(chance.uniform(0.05, 0.35))
                     hasty.kill()
-                    hasty.wait(10)
                 receiver = Receiver(directory, *OPTIONS, pairs=pairs, port=port)
                 whole = seen[: seen.rfind(b"\n") + 1]
                 assert whole_log(receiver).startswith(whole), "a whole line has gone"
             load.reach(1)
         assert receiver.stop() == 0
     finally:
-        if receiver.process.poll() is None:
-            receiver.kill()
+        receiver.kill()
     return made, balance(load, receiver.signals)
 
 
