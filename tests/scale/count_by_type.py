@@ -4,11 +4,7 @@
 
 SIGNALS is a glob of the receivers' signals directories. `DIR/counts` gets Parquet; `DIR/checkpoint`
 is what a later run goes on from. Without `--follow` it counts what is there and ends; with it,
-it looks for new segments every minute.
-
-A count comes in parts, one a batch: sum them up.
-
-    SELECT hour, type, sum(signals) FROM 'DIR/counts/*/*.parquet' GROUP BY ALL
+it looks for new segments every minute. A count comes in parts, one a batch: sum them up.
 """
 
 from __future__ import annotations
@@ -16,16 +12,7 @@ from __future__ import annotations
 import argparse
 
 from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql.functions import (
-    col,
-    count,
-    date_trunc,
-    from_json,
-    regexp_extract,
-    timestamp_millis,
-    to_timestamp,
-    when,
-)
+from pyspark.sql import functions as F
 from pyspark.sql.streaming.query import StreamingQuery
 
 # A closed segment never changes, so its name alone says what was counted. Compressed, it has a new
@@ -56,15 +43,15 @@ def distinct_signals(spark: SparkSession, signals: str, segments_per_batch: int)
         .option("maxFileAge", "3650d")
         .text(signals)
     )
-    signal = from_json("value", SIGNAL).signal
-    at = when(signal.timestamp.between(0, YEAR_10000 - 1), signal.timestamp.cast("long"))
+    signal = F.from_json("value", SIGNAL).signal
+    at = F.when(signal.timestamp.between(0, YEAR_10000 - 1), signal.timestamp.cast("long"))
     return (
-        lines.where(col("value").rlike(STORED))
+        lines.where(F.col("value").rlike(STORED))
         .where(signal.type.isNull() | (signal.type != CHECK))
         .select(
-            regexp_extract("value", STORED, 2).alias("id"),
-            to_timestamp(regexp_extract("value", STORED, 1)).alias("received_at"),
-            date_trunc("hour", timestamp_millis(at)).alias("hour"),
+            F.regexp_extract("value", STORED, 2).alias("id"),
+            F.to_timestamp(F.regexp_extract("value", STORED, 1)).alias("received_at"),
+            F.date_trunc("hour", F.timestamp_millis(at)).alias("hour"),
             signal.type.alias("type"),
         )
         .withWatermark("received_at", REMEMBERED)
@@ -74,7 +61,7 @@ def distinct_signals(spark: SparkSession, signals: str, segments_per_batch: int)
 
 def write_counts(out: str, batch: DataFrame, number: int) -> None:
     """What a batch counted, under its number: run again after a kill, it replaces its first try."""
-    counts = batch.groupBy("hour", "type").agg(count("*").alias("signals"))
+    counts = batch.groupBy("hour", "type").agg(F.count("*").alias("signals"))
     counts.coalesce(1).write.mode("overwrite").parquet(f"{out}/counts/batch={number}")
 
 

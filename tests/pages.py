@@ -1,0 +1,29 @@
+"""The examples on the pages, which tests run as they stand there."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+
+from harness import ROOT
+
+
+def examples(heading: str = "", page: str = "README.md", language: str = "sh") -> list[str]:
+    """The page's fenced blocks in `language`; with a heading, those below it up to the next."""
+    text = (ROOT / page).read_text()
+    if heading:
+        section = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
+        assert section, f"{page} has no heading {heading!r}"
+        text = section[1]
+    fenced = re.compile(rf"^ *```{language}\n(.*?)^ *```$", re.M | re.S)
+    found = [textwrap.dedent(block) for block in fenced.findall(text)]
+    assert found, f"{page} has no {language} below the heading {heading!r}"
+    return found
+
+
+def replaced(text: str, changes: dict[str, str]) -> str:
+    """`text` with each of `changes` made exactly once; an example that has moved on is an error."""
+    for old, new in changes.items():
+        assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in the example"
+        text = text.replace(old, new)
+    return text
