@@ -2,67 +2,50 @@
 
 from __future__ import annotations
 
-import contextlib
-import http.client
 import os
 import re
 import shutil
-import signal
 import subprocess
 import tempfile
-import textwrap
 import threading
-import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
-from harness import ROOT, Answer, Pair, eventually, payload_id, signal_payload
+from disks import mounted
+from harness import Answer, Pair, eventually, payload_id, signal_payload
+from wire import Wire, ask, post_bytes, request_bytes
 
+RELEASES = ("bookworm", "trixie")
 CACHE = Path("/var/cache/liveapi-tests")
 PORT = 3014
 CONSOLE_PORT = 3015
 SIGNALS = "/var/lib/liveapi/signals"
-# A VM has these; nspawn grants the last one only to containers with a network of their own.
-CAPABILITY = "CAP_NET_ADMIN"
 
 
-def commands(heading: str, page: str = "README.md", language: str = "sh") -> list[str]:
-    """The fenced blocks below a heading of a page, up to the next heading."""
-    text = (ROOT / page).read_text()
-    section = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
-    assert section, f"{page} has no heading {heading!r}"
-    fenced = re.compile(rf"^ *```{language}\n(.*?)^ *```$", re.M | re.S)
-    found = [textwrap.dedent(block) for block in fenced.findall(section[1])]
-    assert found, f"{page} has no commands below the heading {heading!r}"
-    return found
-
-
-def debian_mirror() -> str:
-    """The mirror that this machine itself uses."""
-    for source in [
-        *Path("/etc/apt").glob("sources.list.d/*.sources"),
-        Path("/etc/apt/sources.list"),
-    ]:
-        text = source.read_text() if source.exists() else ""
-        for uri in re.findall(r"^URIs: (\S+)|^deb (?:\[.*?\] )?(\S+)", text, re.M):
-            address = uri[0] or uri[1]
-            if address.rstrip("/").endswith("/debian"):
-                return address
-    raise AssertionError("no Debian mirror in /etc/apt")
+def output(*command: str | Path, check: bool = True) -> str:
+    """What a command prints, on either stream."""
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, timeout=420, check=False,
+    )  # fmt: skip
+    assert not check or done.returncode == 0, f"{command[-1]}\n{done.stdout[-4000:]}"
+    return done.stdout
 
 
 def base_root(release: str) -> Path:
     """A root as debootstrap makes it; kept, since making one takes about a minute."""
     root = CACHE / release
     if not root.exists():
-        making = Path(f"{root}.making")
+        used = output("apt-get", "indextargets", "--format", "$(REPO_URI)").split()
+        mirror = next(each for each in used if each.rstrip("/").endswith("/debian"))
+        making = root.with_suffix(".making")
         shutil.rmtree(making, ignore_errors=True)
-        making.parent.mkdir(parents=True, exist_ok=True)
-        done = subprocess.run(
-            ["debootstrap", "--variant=minbase", "--include=systemd,systemd-sysv,dbus",
-             release, str(making), debian_mirror()],
-            capture_output=True, text=True, timeout=420,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        CACHE.mkdir(parents=True, exist_ok=True)
+        packages = "--include=systemd,systemd-sysv,dbus"
+        output("debootstrap", "--variant=minbase", packages, release, making, mirror)
         making.rename(root)
     return root
 
@@ -70,66 +53,37 @@ def base_root(release: str) -> Path:
 class Machine:
     """A booted Debian. It shares the host's network, so `127.0.0.1` is its loopback too."""
 
-    def __init__(self, release: str) -> None:
-        self.release = release
-        self.base = base_root(release)
-        self.directory = Path(tempfile.mkdtemp(prefix=f"liveapi-{release}-"))
-        self.root = self.directory / "root"
-        for name in ("root", "changes", "work"):
-            (self.directory / name).mkdir()
-        layers = (
-            f"lowerdir={self.base},upperdir={self.directory}/changes,workdir={self.directory}/work"
-        )
-        subprocess.run(["mount", "-t", "overlay", "overlay", "-o", layers, self.root], check=True)
-        for setting in Path("/etc/apt/apt.conf.d").glob("99*"):
-            shutil.copy(setting, self.root / "etc/apt/apt.conf.d")
-        shutil.copy("/etc/resolv.conf", self.root / "etc/resolv.conf")
-        for unit in ("systemd-networkd.service", "systemd-networkd.socket", "apt-daily.timer"):
-            link = self.root / "etc/systemd/system" / unit
-            link.unlink(missing_ok=True)
-            link.symlink_to("/dev/null")
-        self.nspawn: subprocess.Popen[bytes] | None = None
+    def __init__(self, release: str, root: Path) -> None:
+        self.release, self.root = release, root
+        self.console = root.with_name("console")
+        self.boot()
 
     def boot(self) -> None:
-        with open(self.directory / "console", "ab") as console:
+        with self.console.open("ab") as console:
             self.nspawn = subprocess.Popen(
+                # A VM has the capability; nspawn grants it only with a network of one's own.
                 ["systemd-nspawn", "--quiet", "--boot", "--register=no", "--keep-unit",
-                 f"--machine=liveapi-{self.release}", f"--capability={CAPABILITY}",
+                 f"--machine=liveapi-{self.release}", "--capability=CAP_NET_ADMIN",
                  "--resolv-conf=off", "--timezone=off", f"--directory={self.root}"],
                 env={**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"},
                 stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT,
             )  # fmt: skip
-        eventually(self._booted, 60, 0.2)
+        eventually(self._is_up, 60, 0.2)
 
-    def _booted(self) -> bool:
-        assert self.nspawn
-        assert self.nspawn.poll() is None, (self.directory / "console").read_text()[-2000:]
-        if not self.leader:
-            return False
-        state = self.run("systemctl is-system-running", check=False)
-        return state.strip() in ("running", "degraded")
+    def _is_up(self) -> bool:
+        assert self.nspawn.poll() is None, self.console.read_text()[-2000:]
+        child = ("pgrep", "--parent", str(self.nspawn.pid), "--exact", "systemd")
+        self.leader = output(*child, check=False).strip()
+        state = self.leader and self.run("systemctl is-system-running", check=False).strip()
+        return state in ("running", "degraded")
 
-    @property
-    def leader(self) -> int:
-        assert self.nspawn
-        with contextlib.suppress(OSError):
-            children = Path(f"/proc/{self.nspawn.pid}/task/{self.nspawn.pid}/children")
-            for child in children.read_text().split():
-                if Path(f"/proc/{child}/comm").read_text() == "systemd\n":
-                    return int(child)
-        return 0
-
-    def run(self, script: str, check: bool = True, within: float = 240) -> str:
+    def run(self, script: str, check: bool = True) -> str:
         """A shell script as root on the machine; what it prints."""
-        done = subprocess.run(
-            ["nsenter", f"--target={self.leader}", "--mount", "--uts", "--ipc", "--net", "--pid",
-             "--cgroup", "env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C.UTF-8",
-             "DEBIAN_FRONTEND=noninteractive", "HOME=/root", "bash", "-ec", script],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            timeout=within,
+        return output(
+            "nsenter", f"--target={self.leader}", "--mount", "--uts", "--ipc", "--net", "--pid",
+            "--cgroup", "env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C.UTF-8",
+            "DEBIAN_FRONTEND=noninteractive", "HOME=/root", "bash", "-ec", script, check=check,
         )  # fmt: skip
-        assert not check or done.returncode == 0, f"{script}\n{done.stdout}"
-        return done.stdout
 
     def show(self, name: str, unit: str = "liveapi.service") -> str:
         return self.run(f"systemctl show --value -p {name} {unit}").strip()
@@ -143,98 +97,99 @@ class Machine:
         return int(self.show("MainPID"))
 
     def active(self) -> bool:
-        return self.run("systemctl is-active liveapi.service", check=False).strip() == "active"
+        return self.show("ActiveState") == "active"
 
-    def ids(self, instance: str) -> list[str]:
+    def journal(self, options: str = "-o cat") -> str:
+        return self.run(f"journalctl --sync; journalctl -q {options} -u liveapi.service")
+
+    def ids(self) -> list[str]:
+        """The ids in the log of my-app, in order."""
         text = self.run(f"cd {SIGNALS} && cat [0-9]*Z.jsonl current.jsonl 2>/dev/null || true")
         assert text == "" or text.endswith("\n"), text[-200:]
-        start = rf'^\{{"received_at":"[^"]*","instance":"{instance}","id":"(\w+)"'
-        return re.findall(start, text, re.M)
+        return re.findall(r'^{"received_at":"[^"]*","instance":"my-app","id":"(\w+)"', text, re.M)
 
     def reboot(self) -> None:
-        assert self.nspawn
         self.run("systemctl reboot", check=False)
         # nspawn leaves the second half of a reboot to who started it, with this exit status.
         assert self.nspawn.wait(60) == 133
         self.boot()
 
-    def destroy(self) -> None:
-        if self.nspawn and self.nspawn.poll() is None:
-            leader = self.leader
-            if leader:
-                os.kill(leader, signal.SIGRTMIN + 4)  # power off
+    def power_off(self) -> None:
+        self.nspawn.terminate()
+        try:
+            self.nspawn.wait(40)
+        finally:
+            self.nspawn.kill()
+
+
+@contextmanager
+def booted(release: str) -> Iterator[Machine]:
+    """A machine of its own: a layer over what debootstrap has made, thrown away at the end."""
+    with ThreadPoolExecutor() as both:
+        bases = dict(zip(RELEASES, both.map(base_root, RELEASES), strict=True))
+    with tempfile.TemporaryDirectory(prefix=f"liveapi-{release}-") as directory:
+        root, changes, work = (Path(directory, name) for name in ("root", "changes", "work"))
+        changes.mkdir()
+        work.mkdir()
+        layers = f"lowerdir={bases[release]},upperdir={changes},workdir={work}"
+        with mounted(root, "-t", "overlay", "overlay", "-o", layers):
+            for setting in Path("/etc/apt/apt.conf.d").glob("99*"):
+                shutil.copy(setting, root / "etc/apt/apt.conf.d")
+            shutil.copy("/etc/resolv.conf", root / "etc/resolv.conf")
+            output("systemctl", f"--root={root}", "mask", "systemd-networkd.service",
+                   "systemd-networkd.socket", "apt-daily.timer")  # fmt: skip
+            machine = Machine(release, root)
             try:
-                self.nspawn.wait(40)
-            except subprocess.TimeoutExpired:
-                self.nspawn.kill()
-                self.nspawn.wait(10)
-        subprocess.run(["umount", "--lazy", self.root], check=True)
-        shutil.rmtree(self.directory, ignore_errors=True)
+                yield machine
+            finally:
+                machine.power_off()
 
 
-def request(
-    method: str, target: str, body: bytes = b"", headers: dict[str, str] | None = None,
-    timeout: float = 30, port: int = PORT,
-) -> Answer:  # fmt: skip
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
-    try:
-        connection.request(method, target, body or None, headers or {})
-        return Answer.read(connection.getresponse())
-    finally:
-        connection.close()
+def get(path: str, port: int = PORT) -> Answer:
+    return ask(port, request_bytes("GET", path, {"host": f"127.0.0.1:{port}"}))
 
 
 def post(pair: Pair, payload: bytes) -> Answer:
-    return request("POST", "/live", payload, pair.headers(payload))
+    return ask(PORT, post_bytes(pair, payload))
 
 
 class Load:
-    """Senders that post unique signals at a moderate rate, each again until it is acknowledged."""
+    """Three senders; each signal goes out, on new connections, until it is acknowledged."""
 
-    def __init__(self, pair: Pair, senders: int = 3) -> None:
+    def __init__(self, pair: Pair) -> None:
         self.pair = pair
         self.acknowledged: list[str] = []
-        self.refused: list[str] = []
-        self.broken: list[str] = []
-        self.unexpected: list[str] = []
+        self.outcomes: Counter[int | str] = Counter()  # statuses, and what came in place of one
         self._over = threading.Event()
-        self._threads = [threading.Thread(target=self._send) for _ in range(senders)]
+        self._senders = [threading.Thread(target=self._send) for _ in range(3)]
 
     def _send(self) -> None:
-        deadline = time.monotonic() + 120
-        while not self._over.is_set() and time.monotonic() < deadline:
-            payload = signal_payload()
-            while not self._once(payload) and time.monotonic() < deadline:
-                time.sleep(0.02)
-            time.sleep(0.02)
-
-    def _once(self, payload: bytes) -> bool:
-        try:
-            answer = post(self.pair, payload)
-        except ConnectionRefusedError as error:
-            self.refused.append(str(error))
-            return False
-        except (OSError, http.client.HTTPException) as error:
-            self.broken.append(repr(error))
-            return False
-        if answer.status != 200:
-            self.unexpected.append(f"{answer.status} {answer.body!r}")
-            return False
-        self.acknowledged.append(payload_id(payload))
-        return True
+        payload = signal_payload()
+        while not self._over.wait(0.02):
+            try:
+                with Wire(PORT, 30) as wire:
+                    wire.send(post_bytes(self.pair, payload))
+                    reply = wire.reply()
+                outcome = reply.status if reply else "closed"
+            except (OSError, AssertionError) as error:
+                outcome = type(error).__name__
+            self.outcomes[outcome] += 1
+            if outcome == 200:
+                self.acknowledged.append(payload_id(payload))
+                payload = signal_payload()
 
     def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        eventually(lambda: len(self.acknowledged) > 20, 30)
+        for sender in self._senders:
+            sender.start()
+        self.more()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        for thread in self._threads:
-            thread.join(60)
+        for sender in self._senders:
+            sender.join(60)
 
-    def more(self, count: int = 20) -> None:
-        """Wait until that many more signals have been acknowledged."""
-        wanted = len(self.acknowledged) + count
+    def more(self) -> None:
+        """Wait until twenty more signals have been acknowledged."""
+        wanted = len(self.acknowledged) + 20
         eventually(lambda: len(self.acknowledged) >= wanted, 60)
