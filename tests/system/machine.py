@@ -56,7 +56,6 @@ class Machine:
     def __init__(self, release: str, root: Path) -> None:
         self.release, self.root = release, root
         self.console = root.with_name("console")
-        self.boot()
 
     def boot(self) -> None:
         with self.console.open("ab") as console:
@@ -140,6 +139,7 @@ def booted(release: str) -> Iterator[Machine]:
                    "systemd-networkd.socket", "apt-daily.timer")  # fmt: skip
             machine = Machine(release, root)
             try:
+                machine.boot()
                 yield machine
             finally:
                 machine.power_off()

@@ -207,8 +207,8 @@ def test_systemctl_status_and_the_journal_read_well_and_tell_a_warning_from_the_
     ):
         assert wanted in status
     assert "<6>" not in status
-    assert "stray" in debian.journal("-o cat -p warning..warning -n 5")
-    assert "ready on" in debian.journal("-o cat -p info..info -n 5")
+    assert "stray" in debian.journal("-o cat -t liveapi -p warning..warning -n 5")
+    assert "ready on" in debian.journal("-o cat -t liveapi -p info..info -n 5")
 
 
 def test_a_key_that_cannot_be_read_stands_in_the_status_until_it_is_mended_as_that_says(
@@ -228,7 +228,7 @@ def test_a_key_that_cannot_be_read_stands_in_the_status_until_it_is_mended_as_th
 def test_a_mistake_in_the_set_up_is_tried_again_with_growing_pauses_and_the_status_says_which(
     debian: Machine,
 ) -> None:
-    debian.run("mv /etc/liveapi/keys/my-app.private /root/; systemctl kill -s KILL liveapi")
+    debian.run(f"mv /etc/liveapi/keys/my-app.private /root/; kill -9 {debian.main_pid}")
     with Wire(PORT, timeout=60) as waiting:
         try:
             waiting.send(STATUS)
@@ -250,7 +250,7 @@ def test_a_mistake_in_the_set_up_is_tried_again_with_growing_pauses_and_the_stat
 
 def test_a_console_among_the_options_is_told_to_use_the_socket(debian: Machine) -> None:
     with drop_in(debian, '[Service]\nEnvironment="LIVEAPI_OPTIONS=--console 3015"\n'):
-        assert re.search(r"cannot listen on .* 3015: .*\.socket", debian.journal("-o cat -n 8"))
+        assert re.search(r"cannot listen on .* 3015: .*\.socket", debian.journal("-o cat -n 20"))
 
 
 def test_another_address_and_path_are_drop_ins(debian: Machine) -> None:
@@ -269,8 +269,9 @@ def test_another_address_and_path_are_drop_ins(debian: Machine) -> None:
 def test_a_crash_loop_under_load_never_closes_the_socket(debian: Machine, pair: Pair) -> None:
     with loss_free_load(debian, pair, "closed", "ConnectionResetError", "BrokenPipeError"):
         before = int(debian.show("NRestarts"))
-        debian.run("for i in {1..30}; do systemctl kill -s KILL liveapi; sleep 0.25; done")
-    assert int(debian.show("NRestarts")) > before + 1, "these are the automatic ones"
+        kill = "systemctl kill -s KILL liveapi || true"  # there may be nothing to kill just now
+        debian.run(f"for i in {{1..30}}; do {kill}; sleep 0.25; done")
+    assert int(debian.show("NRestarts")) > before, "it was restarted by itself, too"
     assert debian.show("ActiveState", "liveapi.socket") == "active"
 
 
@@ -393,12 +394,12 @@ def test_tls_works_with_a_key_that_root_alone_can_read_and_beside_other_options(
     try:
         with drop_in(debian, '[Service]\nEnvironment="LIVEAPI_OPTIONS=--access-log"\n'):
             is_served_with_a_new_certificate_after(replaced(switch_on, changes))
-            assert '"GET /status' in debian.journal("-o cat -n 5")
+            assert '"GET /status' in debian.journal("-o cat -t liveapi -n 5")
             is_served_with_a_new_certificate_after("/etc/letsencrypt/renewal-hooks/deploy/liveapi")
             (live / "fullchain.pem").unlink()
             debian.run("systemctl restart liveapi", check=False)
-            assert "243/CREDENTIALS" in debian.journal("-o cat -n 8")
-            assert "trying again in 2 seconds" in debian.journal("-o cat -n 8")
+            assert "243/CREDENTIALS" in debian.journal("-o cat -n 20")
+            assert "trying again in 2 seconds" in debian.journal("-o cat -n 20")
     finally:
         debian.run("systemctl revert liveapi.socket; rm -r /etc/letsencrypt")
 
@@ -482,8 +483,9 @@ def test_uninstall_leaves_nothing(debian: Machine) -> None:  # not even for anot
     debian.run(examples("Uninstall", UPGRADE)[0])
     assert not answers(CONSOLE_PORT)
     assert not answers()
+    units = "systemctl list-units --all --no-legend 'liveapi*'"
+    eventually(lambda: debian.run(units) == "")  # systemd forgets a unit a moment later
     found = debian.run("find / -xdev -name '*liveapi*' -not -path '/root/*' -not -path '/proc/*' "
                        "-not -path '/var/log/*'; find /run -name '*liveapi*'; "
-                       "systemctl list-units --all --no-legend 'liveapi*'; "
                        "getent passwd liveapi || true; getent group liveapi || true")  # fmt: skip
     assert found == ""
