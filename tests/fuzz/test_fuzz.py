@@ -162,7 +162,7 @@ def hurl(port: int, data: bytes) -> None:
             judge(reply, data)
 
 
-def test_mutants_over_sockets_are_answered_or_closed_and_none_is_stored(
+def test_mutants_and_pipelines_of_them_are_answered_or_closed_and_none_is_stored(
     target: tuple[Receiver, Pair],
 ) -> None:
     receiver, pair = target
@@ -171,18 +171,10 @@ def test_mutants_over_sockets_are_answered_or_closed_and_none_is_stored(
     def some(seed: int) -> None:
         dice = random.Random(seed)
         for _ in range(SENT // 4):
-            hurl(receiver.port, mutant(dice, pair))
+            pipeline = [mutant(dice, pair) for _ in range(dice.choice([1, 1, 1, 2, 7]))]
+            hurl(receiver.port, b"".join(pipeline))
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(some, range(4)))
     assert time.monotonic() - began < SENT / 50, "slower than 50 a second: something hangs"
     assert receiver.request("GET", "/status").status == 200
-
-
-@SHORT
-@given(st.randoms(use_true_random=False))
-def test_a_pipeline_of_mutants_is_answered_or_closed(
-    target: tuple[Receiver, Pair], dice: random.Random
-) -> None:
-    receiver, pair = target
-    hurl(receiver.port, b"".join(mutant(dice, pair) for _ in range(dice.randrange(2, 8))))
