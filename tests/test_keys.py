@@ -18,6 +18,7 @@ from harness import ACCEPTED, PROGRAM, Pair, Receiver, signal_payload
 from liveapi_server import OperatorError, load_instances
 
 FIFO = b"(a named pipe)"
+Start = Callable[..., Receiver]
 Files = dict[str, bytes | None]  # None: a directory
 
 
@@ -37,9 +38,7 @@ def write(directory: Path, files: Files) -> None:
 # --- What makes an instance -------------------------------------------------------------------
 
 
-def test_instances_are_told_apart_by_their_public_keys_and_all_pairs_of_one_are_in_force(
-    start: Callable[..., Receiver],
-) -> None:
+def test_public_keys_tell_instances_apart_and_all_pairs_of_one_are_in_force(start: Start) -> None:
     one, shop = Pair("one", private="a test key, schlüssel, 鍵, 🔑"), Pair("shop")
     pairs = (one, shop, Pair("shop@2026"), Pair("shop@b.c_d-e"))
     receiver = start(pairs=pairs)
@@ -118,9 +117,7 @@ def lasting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Receiver]:
 
 
 @pytest.mark.parametrize("case", FAULTY)
-def test_faulty_keys_are_refused_by_the_files_name_and_on_sighup_the_old_ones_stay_in_force(
-    lasting: Receiver, case: str
-) -> None:
+def test_faulty_keys_are_refused_by_name_and_the_old_stay(lasting: Receiver, case: str) -> None:
     files, named = FAULTY[case]
     newcomer = Pair("newcomer").write(lasting.keys)
     write(lasting.keys, files)
@@ -144,9 +141,7 @@ def test_faulty_keys_are_refused_by_the_files_name_and_on_sighup_the_old_ones_st
     [{}, {".gitignore": b"*", "README.md": b"words"}, {"notes.txt": b"words"}, {"old": None}, None],
     ids=["nothing", "a README", "a stray file", "a directory", "a file in place of the directory"],
 )
-def test_a_directory_with_no_pair_is_refused_with_its_name(
-    tmp_path: Path, files: Files | None
-) -> None:
+def test_a_directory_without_a_pair_is_refused_by_name(tmp_path: Path, files: Files | None) -> None:
     if files is None:
         (tmp_path / "bare-keys").write_text("x")
     else:
@@ -158,9 +153,7 @@ def test_a_directory_with_no_pair_is_refused_with_its_name(
 @pytest.mark.skipif(
     os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root and setpriv (util-linux)"
 )
-def test_a_key_that_may_not_be_read_names_the_command_that_mends_it_on_a_service(
-    tmp_path: Path,
-) -> None:
+def test_a_key_that_may_not_be_read_names_the_command_that_mends_it(tmp_path: Path) -> None:
     Pair("my-app").write(tmp_path / "keys")
     os.chown(tmp_path / "keys" / "my-app.private", 12345, 12345)
     # Root without its power to read what is another's.
@@ -177,7 +170,7 @@ def test_a_key_that_may_not_be_read_names_the_command_that_mends_it_on_a_service
 
 
 def test_any_other_file_and_a_key_that_others_can_read_are_warned_about_by_name_and_no_more(
-    start: Callable[..., Receiver], tmp_path: Path, pair: Pair
+    start: Start, tmp_path: Path, pair: Pair
 ) -> None:
     strays = ["notes.txt", "my-app.private~", "my-app.PUBLIC", "my app.public", "a@b@c.public"]
     strays += ["@b.private", "a@.public", "büro.public", os.fsdecode(b"not-utf-8-\xff.txt")]
@@ -204,9 +197,7 @@ def reload(receiver: Receiver) -> None:
     receiver.wait_for_log("reloaded", 10, before)
 
 
-def test_sighup_brings_instances_in_takes_them_out_and_renews_pairs_and_repeats_are_still_known(
-    start: Callable[..., Receiver],
-) -> None:
+def test_sighup_takes_instances_in_and_out_and_renews_pairs_and_knows_repeats(start: Start) -> None:
     stays, goes, old, newcomer = Pair("stays"), Pair("goes"), Pair("changes"), Pair("newcomer")
     receiver = start(pairs=(stays, goes, old))
     body = signal_payload()
@@ -230,9 +221,7 @@ def test_sighup_brings_instances_in_takes_them_out_and_renews_pairs_and_repeats_
     ]
 
 
-def test_a_keys_directory_that_went_away_leaves_the_old_keys_in_force(
-    receiver: Receiver, pair: Pair
-) -> None:
+def test_without_their_directory_the_old_keys_stay_in_force(receiver: Receiver, pair: Pair) -> None:
     aside = receiver.keys.rename(receiver.keys.with_name("moved-away"))
     reload(receiver)
     assert receiver.verify(pair).status == 200
@@ -250,7 +239,7 @@ def fingerprint(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:6]
 
 
-def test_no_key_is_ever_logged(start: Callable[..., Receiver]) -> None:
+def test_no_key_is_ever_logged(start: Start) -> None:
     pair, stranger = Pair("my-app"), Pair("stranger")
     receiver = start("--access-log", pairs=(pair,))
     body = signal_payload()
@@ -271,9 +260,7 @@ def test_no_key_is_ever_logged(start: Callable[..., Receiver]) -> None:
         assert key[:16] not in text
 
 
-def test_an_unknown_public_key_and_each_of_its_own_are_logged_by_the_same_six_digits(
-    start: Callable[..., Receiver],
-) -> None:
+def test_unknown_public_keys_and_its_own_are_logged_by_the_same_six_digits(start: Start) -> None:
     own = (Pair("one"), Pair("two@a"), Pair("two@b"))
     stranger = Pair("stranger")
     receiver = start(pairs=own)
@@ -284,9 +271,7 @@ def test_an_unknown_public_key_and_each_of_its_own_are_logged_by_the_same_six_di
 
 
 @pytest.mark.parametrize("way", ["Verify", "a signal"])
-def test_a_public_key_that_is_a_private_key_here_is_logged_as_a_swapped_pair(
-    start: Callable[..., Receiver], way: str
-) -> None:
+def test_a_private_key_sent_as_public_is_logged_as_a_swapped_pair(start: Start, way: str) -> None:
     right = Pair("my-app")
     receiver = start(pairs=(Pair("other"), Pair("my-app", right.private, right.public)))
     before = len(receiver.log)

@@ -9,7 +9,6 @@ libFuzzer's.
 
 from __future__ import annotations
 
-import contextlib
 import random
 import sys
 import tempfile
@@ -32,18 +31,15 @@ def one_input(data: bytes) -> None:
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
-    with contextlib.ExitStack() as stack:
-        if all(each.startswith("-") for each in arguments):
-            corpus = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="corpus-")))
-            dice, pair = random.Random(1), Pair("fuzz")
-            seeds = [case.data for case in (*ACCEPTED, *REFUSED) if len(case.data) < 4096]
-            seeds += [mutant(dice, pair) for _ in range(200)]
-            for i, seed in enumerate(seeds):
-                (corpus / f"seed-{i}").write_bytes(seed)
-            arguments.append(str(corpus))
-        arguments = ["-max_len=2048", "-timeout=5", *arguments]
-        atheris.Setup([sys.argv[0], *arguments], one_input)
+    dice, pair = random.Random(1), Pair("fuzz")
+    seeds = [case.data for case in (*ACCEPTED, *REFUSED) if len(case.data) < 4096]
+    seeds += [mutant(dice, pair) for _ in range(200)]
+    with tempfile.TemporaryDirectory(prefix="corpus-") as corpus:
+        for i, seed in enumerate(seeds):
+            Path(corpus, f"seed-{i}").write_bytes(seed)
+        atheris.Setup(
+            [sys.argv[0], "-max_len=2048", "-timeout=5", *sys.argv[1:], corpus], one_input
+        )
         atheris.Fuzz()
 
 
