@@ -144,14 +144,6 @@ def test_other_text_is_signed_as_meant_and_is_no_signal(shared: Receiver, challe
         refused(shared.post(VECTOR, challenge.encode()), 400)
 
 
-@pytest.mark.parametrize("space", ["", " ", "\t", "\r", "\n", "\n \t\r\n  "], ids=ascii)
-@pytest.mark.parametrize("rest", ["{}", "{", '{"a":1}', "{not JSON", "{\x00"], ids=ascii)
-def test_what_begins_with_a_brace_is_never_signed(shared: Receiver, space: str, rest: str) -> None:
-    for encoded in (quote(space + rest, safe=""), quote_plus(space + rest)):
-        refused(verify(shared, f"challenge={encoded}"), 400, FORGERY)
-    refused(verify(shared, f"challenge={quote(space + rest)}&challenge=a"), 400)
-
-
 def test_no_depth_of_nesting_makes_it_sign_what_begins_with_a_brace(shared: Receiver) -> None:
     """A parser's limit on recursion lies in between, and moves with the depth of the stack."""
     with closing(shared.connect()) as connection:
@@ -169,35 +161,6 @@ def test_any_challenge_is_signed_unless_it_begins_with_a_brace(shared: Receiver,
         refused(answer, 400, FORGERY)
     else:
         assert answer.body.decode() == VECTOR.sign(text.encode())
-
-
-CROWDED = ["challenge=a" + "&b" * 4000, "&" * 4000 + "challenge=a"]
-REPEATED = [f"challenge=a&{again}" for again in ("challenge=b", "challenge=a", "x&%63hallenge=b")]
-
-
-@pytest.mark.parametrize(
-    "query",
-    [*REPEATED, *CROWDED, "challenge=%ff", "challenge=%ed%a0%80"],
-    ids=lambda query: query[:30],
-)
-def test_a_repeated_crowded_or_broken_challenge_is_refused(shared: Receiver, query: str) -> None:
-    refused(verify(shared, query), 400)
-
-
-@pytest.mark.parametrize("target", ["/live", "/live?", "/live?challenge=", "/live?x=challenge"])
-def test_without_a_challenge_or_a_key_parameters_are_missing(shared: Receiver, target: str) -> None:
-    refused(shared.request("GET", target, headers=KEY), 400, MISSING)
-    refused(shared.request("GET", "/live?challenge=x"), 400, MISSING)
-
-
-STRANGERS = ["nobody", VECTOR.public[:-1], VECTOR.public.upper(), VECTOR.private, "\xe9\xff"]
-
-
-@pytest.mark.parametrize("key", STRANGERS, ids=ascii)
-def test_an_unknown_public_key_is_refused(shared: Receiver, key: str) -> None:
-    refused(verify(shared, "challenge=x", Pair("stranger", key)), 400, UNKNOWN)
-    with storing_nothing(shared):
-        refused(shared.post(VECTOR, signal_payload(), **{NAMES[0]: key}), 400, UNKNOWN)
 
 
 # --- Signals ----------------------------------------------------------------------------------
@@ -265,47 +228,72 @@ def test_a_repeat_that_comes_while_the_first_is_being_stored_gets_the_first_ones
     assert receiver.ids() == ([payload_id(payload)] if status == 200 else [])
 
 
-@pytest.mark.parametrize("missing", [NAMES[:1], NAMES[1:], NAMES], ids=" and ".join)
-def test_a_missing_header_is_missing_parameters(shared: Receiver, missing: list[str]) -> None:
-    payload = signal_payload()
-    headers = {k: v for k, v in VECTOR.headers(payload).items() if k not in missing}
+# --- What is refused --------------------------------------------------------------------------
+
+REPEATED = [f"challenge=a&{again}" for again in ("challenge=b", "challenge=a", "x&%63hallenge=b")]
+CROWDED = ["challenge=a" + "&b" * 4000, "&" * 4000 + "challenge=a"]
+STRANGERS = ["nobody", VECTOR.public[:-1], VECTOR.public.upper(), VECTOR.private, "\xe9\xff"]
+PATHS = ["/", "/livex", "/LIVE", "/live/", "//live", "/x/../live", "/%6c"]
+RIGHT = VECTOR.sign(SIGNAL)
+RAW = base64.b64decode(RIGHT)
+WRONG_SIGNATURES = {
+    "of other bytes": VECTOR.sign(SIGNAL.replace(b"My", b"my")),
+    "of another instance": OTHER.sign(SIGNAL),
+    "in hexadecimal": RAW.hex(),
+    "in base64url": base64.urlsafe_b64encode(RAW).decode().replace("=", "-"),
+    "without its padding": RIGHT.rstrip("="),
+    "cut short": RIGHT[:20],
+    "longer than it should be": RIGHT + RIGHT,
+    "with its first character changed": "A" + RIGHT[1:],
+    "in another case": RIGHT.swapcase(),
+    "outside ASCII": "\xe9" * 44,
+    "no base64 at all": "!" * 44,
+    "nothing": "",
+}
+
+
+def refusals() -> Iterator[tuple[str, bytes, int, dict[str, str] | None]]:
+    """A name, a request, and its answer's status and body, if that is fixed."""
+    for query in ("", "?", "?challenge=", "?x=challenge"):
+        yield f"no challenge: {query}", request_bytes("GET", "/live" + query, KEY), 400, MISSING
+    yield "Verify without a key", request_bytes("GET", "/live?challenge=x"), 400, MISSING
+    for query in (*REPEATED, *CROWDED, "challenge=%ff", "challenge=%ed%a0%80"):
+        yield f"challenge: {query[:30]}", request_bytes("GET", f"/live?{query}", KEY), 400, None
+    for space in ("", " ", "\t", "\r", "\n", "\n \t\r\n  "):
+        for text in (space + rest for rest in ("{}", "{", '{"a":1}', "{not JSON", "{\x00")):
+            for encoded in (quote(text, safe=""), quote_plus(text)):
+                verify = request_bytes("GET", f"/live?challenge={encoded}", KEY)
+                yield f"challenge: {encoded}", verify, 400, FORGERY
+    for missing in (NAMES[:1], NAMES[1:], NAMES):
+        fields = {k: v for k, v in VECTOR.headers(SIGNAL).items() if k not in missing}
+        yield f"without {missing}", request_bytes("POST", "/live", fields, SIGNAL), 400, MISSING
+    for key in STRANGERS:
+        verify = request_bytes("GET", "/live?challenge=x", {NAMES[0]: key})
+        yield f"Verify with the key {key!a}", verify, 400, UNKNOWN
+        signal = post_bytes(VECTOR, SIGNAL, **{NAMES[0]: key})
+        yield f"a signal with the key {key!a}", signal, 400, UNKNOWN
+    for what, signature in WRONG_SIGNATURES.items():
+        signal = post_bytes(VECTOR, SIGNAL, **{NAMES[1]: signature})
+        yield f"a signature {what}", signal, 400, WRONG
+    signal = post_bytes(VECTOR, VECTOR.encrypt(SIGNAL), **{NAMES[1]: RIGHT})
+    yield "a signature of the JWE's plaintext", signal, 400, WRONG
+    for path in PATHS:
+        yield f"GET {path}", request_bytes("GET", path, KEY), 404, None
+        signal = request_bytes("POST", path, VECTOR.headers(SIGNAL), SIGNAL)
+        yield f"POST {path}", signal, 404, None
+    for coding in ({"content-encoding": name} for name in ("gzip", "identity", "x")):
+        yield f"{coding}", post_bytes(VECTOR, SIGNAL, **coding), 415, None
+        yield f"{coding}, unsigned", request_bytes("POST", "/live", coding, SIGNAL), 415, None
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "body"), [pytest.param(*row, id=name) for name, *row in refusals()]
+)
+def test_what_is_refused_is_told_why_and_not_stored(
+    shared: Receiver, data: bytes, status: int, body: dict[str, str] | None
+) -> None:
     with storing_nothing(shared):
-        refused(shared.request("POST", "/live", payload, headers), 400, MISSING)
-
-
-def wrong_signatures(payload: bytes) -> dict[str, str]:
-    right = VECTOR.sign(payload)
-    raw = base64.b64decode(right)
-    return {
-        "of other bytes": VECTOR.sign(payload.replace(b"My", b"my")),
-        "of another instance": OTHER.sign(payload),
-        "in hexadecimal": raw.hex(),
-        "in base64url": base64.urlsafe_b64encode(raw).decode().replace("=", "-"),
-        "without its padding": right.rstrip("="),
-        "cut short": right[:20],
-        "longer than it should be": right + right,
-        "with its first character changed": ("A" if right[0] != "A" else "B") + right[1:],
-        "in another case": right.swapcase(),
-        "outside ASCII": "\xe9" * 44,
-        "no base64 at all": "!" * 44,
-        "nothing": "",
-    }
-
-
-@pytest.mark.parametrize("case", wrong_signatures(b""))
-def test_a_wrong_signature_is_refused(shared: Receiver, case: str) -> None:
-    payload = signal_payload()
-    signature = wrong_signatures(payload)[case]
-    with storing_nothing(shared):
-        answer = shared.post(VECTOR, payload, **{NAMES[1]: signature})
-        refused(answer, 400, WRONG)
-
-
-def test_the_signature_covers_the_jwe_not_its_plaintext(shared: Receiver) -> None:
-    payload = signal_payload()
-    with storing_nothing(shared):
-        body, signature = VECTOR.encrypt(payload), VECTOR.sign(payload)
-        refused(shared.post(VECTOR, body, **{NAMES[1]: signature}), 400, WRONG)
+        refused(ask(shared.port, data), status, body)
 
 
 # --- JSON and JWE: the first byte decides -----------------------------------------------------
@@ -545,15 +533,6 @@ def test_the_path_decides_and_a_query_is_ignored(shared: Receiver) -> None:
         assert payload_id(payload) in stored_ids(shared)
 
 
-@pytest.mark.parametrize("path", ["/", "/livex", "/LIVE", "/live/", "//live", "/x/../live", "/%6c"])
-@pytest.mark.parametrize("method", ["GET", "POST"])
-def test_another_path_is_not_found(shared: Receiver, method: str, path: str) -> None:
-    payload = signal_payload()
-    body = payload if method == "POST" else None
-    with storing_nothing(shared):
-        refused(shared.request(method, path, body, VECTOR.headers(payload)), 404)
-
-
 def test_another_endpoint_path_can_be_chosen(start: Callable[..., Receiver], pair: Pair) -> None:
     receiver = start("--path", "/hooks/notificare")
     assert receiver.url.endswith("/hooks/notificare")
@@ -574,15 +553,6 @@ def test_another_method_known_or_not_is_405_with_allow(shared: Receiver, method:
     ):
         refused(answer, 405)
         assert {name.strip() for name in answer.headers["allow"].split(",")} == allowed
-
-
-@pytest.mark.parametrize("coding", ["gzip", "identity", "x"])
-@pytest.mark.parametrize("signed", [True, False])
-def test_content_encoding_is_415_signed_or_not(shared: Receiver, coding: str, signed: bool) -> None:
-    payload = signal_payload()
-    headers = {"content-encoding": coding, **(VECTOR.headers(payload) if signed else {})}
-    with storing_nothing(shared):
-        refused(shared.request("POST", "/live", payload, headers), 415)
 
 
 def in_chunks(pair: Pair, body: bytes, size: int) -> bytes:
