@@ -213,12 +213,8 @@ def test_sighup_takes_instances_in_and_out_and_renews_pairs_and_knows_repeats(st
         assert receiver.post(pair, body).json == ACCEPTED
     for pair in (goes, old):
         assert receiver.post(pair, body).json == {"error": "invalid public key"}
-    assert [line["instance"] for line in receiver.lines()] == [
-        "stays",
-        "goes",
-        "changes",
-        "newcomer",
-    ]
+    stored = [line["instance"] for line in receiver.lines()]
+    assert stored == ["stays", "goes", "changes", "newcomer"]
 
 
 def test_without_their_directory_the_old_keys_stay_in_force(receiver: Receiver, pair: Pair) -> None:

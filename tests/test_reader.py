@@ -20,8 +20,6 @@ from corpus import (
     head,
     post,
     read_all,
-    sized,
-    target,
 )
 
 from liveapi_server import Head, Refusal, read_body, read_head
@@ -74,13 +72,13 @@ ONE = b"GET /live?a=b%20c HTTP/1.1\r\nHost: a\r\nX-A:  1 \r\nx-a: 2\r\n\r\n"
     [
         (ONE, {"method": "GET", "path": "/live", "query": "a=b%20c", "length": 0}),
         (ONE, {"fields": {b"host": b"a", b"x-a": b"1, 2"}, "close": False, "continues": False}),
-        (target(b"http://b:8/status?c"), {"path": "/status", "query": "c"}),
-        (target(b"https://b?c"), {"path": "/", "query": "c"}),
-        (target(b"/a%2Fb//c/../d"), {"path": "/a%2Fb//c/../d", "query": ""}),
+        (get(line=b"GET http://b:8/status?c HTTP/1.1"), {"path": "/status", "query": "c"}),
+        (get(line=b"GET https://b?c HTTP/1.1"), {"path": "/", "query": "c"}),
+        (get(line=b"GET /a%2Fb//c/../d HTTP/1.1"), {"path": "/a%2Fb//c/../d", "query": ""}),
         (get(line=b"OPTIONS * HTTP/1.1"), {"method": "OPTIONS", "path": "*"}),
         (get(line=b"BREW / HTTP/1.1"), {"method": "BREW"}),
-        (sized(b"5"), {"method": "POST", "length": 5}),
-        (sized(b"005"), {"length": 5}),
+        (post(b"Content-Length: 5") + BODY, {"method": "POST", "length": 5}),
+        (post(b"Content-Length: 005") + BODY, {"length": 5}),
         (post(), {"length": 0}),
         (chunked(b"0\r\n\r\n"), {"length": None}),
         (post(b"transfer-encoding: CHUNKED") + b"0\r\n\r\n", {"length": None}),
@@ -105,7 +103,12 @@ def test_a_head_says_what_was_sent(data: bytes, wanted: dict[str, object]) -> No
 
 @pytest.mark.parametrize(
     "data",
-    [STATUS, b"\r\n" + STATUS, sized(b"5"), chunked(b'5;a="b"\r\n{   }\r\n0\r\nA: b\r\n\r\n')],
+    [
+        STATUS,
+        b"\r\n" + STATUS,
+        post(b"Content-Length: 5") + BODY,
+        chunked(b'5;a="b"\r\n{   }\r\n0\r\nA: b\r\n\r\n'),
+    ],
     ids=["head", "empty line", "length", "chunks"],
 )
 def test_a_request_cut_short_anywhere_is_neither_read_nor_refused(data: bytes) -> None:
@@ -121,13 +124,13 @@ def test_different_mistakes_can_be_told_apart_by_their_reasons() -> None:
         head(b"GET / HTTP/1.1"),
         get(b"Host: a"),
         get(b"Host : a"),
-        target(b"/status#x"),
+        get(line=b"GET /status#x HTTP/1.1"),
         get(line=b"GET / HTTP/1.1 x"),
         get(line=b"GET / HTTP/2.0"),
-        target(b"/" + b"a" * 8192),
+        get(line=b"GET /" + b"a" * 8192 + b" HTTP/1.1"),
         full(40_000),
         post(b"Content-Length: 1048577"),
-        sized(b"+5"),
+        post(b"Content-Length: +5") + BODY,
         post(b"Transfer-Encoding: gzip"),
         post(b"Content-Length: 5", b"Transfer-Encoding: chunked"),
         chunked(b"5;\r\n"),
