@@ -7,18 +7,15 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import ACCEPTED, PROGRAM, Pair, Receiver, signal_payload
+from harness import ACCEPTED, COMMAND, Pair, Receiver, Start, run, signal_payload
 
 from liveapi_server import OperatorError, load_instances
 
 FIFO = b"(a named pipe)"
-Start = Callable[..., Receiver]
 Files = dict[str, bytes | None]  # None: a directory
 
 
@@ -157,9 +154,8 @@ def test_a_key_that_may_not_be_read_names_the_command_that_mends_it(tmp_path: Pa
     Pair("my-app").write(tmp_path / "keys")
     os.chown(tmp_path / "keys" / "my-app.private", 12345, 12345)
     # Root without its power to read what is another's.
-    command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", sys.executable]
-    command += [str(PROGRAM), "--port", "0"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=20)
+    barred = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
+    result = run(*barred, *COMMAND, "--port", "0", cwd=tmp_path)
     assert result.returncode == 2
     (line,) = result.stderr.strip().splitlines()
     assert "my-app.private" in line

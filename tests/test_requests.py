@@ -12,7 +12,7 @@ import json
 import re
 import select
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,12 @@ from harness import (
     Answer,
     Pair,
     Receiver,
+    Start,
     b64url,
     eventually,
     payload_id,
     signal_payload,
+    within,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -202,7 +204,7 @@ JWE = (
     ids=["in clear", "encrypted"],
 )
 def test_the_protocols_signal_is_accepted_and_stored(
-    start: Callable[..., Receiver], body: bytes, signature: str
+    start: Start, body: bytes, signature: str
 ) -> None:
     assert len(SIGNAL) == 202
     receiver = start(pairs=(VECTOR,))
@@ -546,7 +548,7 @@ def test_the_path_decides_and_a_query_is_ignored(shared: Receiver) -> None:
         assert payload_id(payload) in stored_ids(shared)
 
 
-def test_another_endpoint_path_can_be_chosen(start: Callable[..., Receiver], pair: Pair) -> None:
+def test_another_endpoint_path_can_be_chosen(start: Start, pair: Pair) -> None:
     receiver = start("--path", "/hooks/notificare")
     assert receiver.url.endswith("/hooks/notificare")
     payload = signal_payload()
@@ -597,9 +599,8 @@ HUGE = [
 def test_a_malformed_request_is_refused_and_is_the_last(shared: Receiver, case: Case) -> None:
     """RFC 9112 §9.6: a close with unread bytes would reset the connection and lose the answer."""
     for rest in (b"", STATUS * 4000):
-        began = time.monotonic()
-        ended(shared, case.data + rest, *case.statuses)
-        assert time.monotonic() - began < 3, "it waited for more, though this says enough"
+        with within(3):  # it does not wait for more: this says enough
+            ended(shared, case.data + rest, *case.statuses)
 
 
 @pytest.mark.parametrize("case", UNUSUAL, ids=str)
@@ -716,7 +717,7 @@ def test_pipelined_requests_are_answered_in_their_order(shared: Receiver) -> Non
         post_bytes(VECTOR, good, **{NAMES[1]: "bm8="}): (400, b'{"error":"invalid signature"}'),
         request_bytes("GET", "/live?challenge=c", KEY): (200, VECTOR.sign(b"c").encode()),
         in_chunks(VECTOR, signal_payload(), 40): accepted,
-        request_bytes("PUT", "/live", VECTOR.headers(good), good): (405, None),
+        request_bytes("PUT", "/live", VECTOR.headers(b"")): (405, None),
         post_bytes(VECTOR, b"no signal"): (400, None),
         **{post_bytes(VECTOR, signal_payload()): accepted for _ in range(30)},
     }
@@ -858,14 +859,13 @@ def test_no_100_invites_what_is_refused(
 # --- The log ----------------------------------------------------------------------------------
 
 
-def test_what_a_stranger_sends_forges_no_line_of_the_log(start: Callable[..., Receiver]) -> None:
+def test_what_a_stranger_sends_forges_no_line_of_the_log(start: Start) -> None:
     receiver = start("--access-log")
     before = len(receiver.log)
     for target in ("/a%0a%0dFORGED", "/a\x1b[2JFORGED", "/a\rFORGED\x9b", "/a\nFORGED"):
         assert ask(receiver.port, request_bytes("GET", target, {"a": "b\rFORGED\x1b"})).closes
     assert ask(receiver.port, request_bytes("GET", "/a%0a%0dFORGED")).status == 404
     assert receiver.stop() == 0
-    receiver.wait_for_log("end of log")
     assert all(line.isprintable() for line in receiver.log[before:])
     assert not [line for line in receiver.log if line.startswith("FORGED")]
 

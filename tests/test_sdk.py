@@ -6,20 +6,19 @@ Run: npm install --no-save notificare-live-api-node; .venv/bin/pytest tests/test
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import ACCEPTED, Pair, Receiver, payload_id, signal_payload
+from harness import ACCEPTED, Pair, Receiver, payload_id, run, signal_payload
 from peers import stored_text
 from tools import MODULES, NODE, needs
 
 pytestmark = needs("notificare-live-api-node")
 
 CHALLENGES = ["some simple test data", "a+b/c==", "é€😀", "a&b=c d%20", "x" * 2000, "\u2028\t"]
+Node = Callable[[str, list[Any]], Any]
 BEGINNING = """
 import Notificare from "notificare-live-api-node";
 const { url, publicKey, privateKey, values } = JSON.parse(process.env.TASK);
@@ -47,36 +46,28 @@ for (const [payload, body] of values) {
 
 
 @pytest.fixture
-def node(receiver: Receiver, pair: Pair, tmp_path: Path) -> Callable[[str, list[Any]], Any]:
+def node(receiver: Receiver, pair: Pair, tmp_path: Path) -> Node:
     """Run a module with the values and the receiver's keys; it gives what it has as results."""
     (tmp_path / "node_modules").symlink_to(MODULES.resolve())
     keys = {"url": receiver.url, "publicKey": pair.public, "privateKey": pair.private}
 
-    def run(script: str, values: list[Any]) -> Any:
+    def results(script: str, values: list[Any]) -> Any:
         assert NODE
         (tmp_path / "script.mjs").write_text(BEGINNING + script + END)
-        result = subprocess.run(
-            [NODE, "script.mjs"],
-            cwd=tmp_path,
-            env={**os.environ, "TASK": json.dumps({**keys, "values": values})},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        task = json.dumps({**keys, "values": values})
+        result = run("env", f"TASK={task}", NODE, "script.mjs", cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         return json.loads(result.stdout)
 
-    return run
+    return results
 
 
-def test_the_vendors_sdk_gives_the_same_answer_to_a_challenge(
-    node: Callable[[str, list[Any]], Any], pair: Pair
-) -> None:
+def test_the_vendors_sdk_gives_the_same_answer_to_a_challenge(node: Node, pair: Pair) -> None:
     assert node(VERIFY, CHALLENGES) == [[pair.sign(each.encode())] * 2 for each in CHALLENGES]
 
 
 def test_what_the_vendors_sdk_signs_is_stored_and_what_it_finds_invalid_is_refused(
-    node: Callable[[str, list[Any]], Any], receiver: Receiver
+    node: Node, receiver: Receiver
 ) -> None:
     good = [signal_payload(text="é€😀").decode() for _ in range(5)]
     tampered = [[text, text.replace("My Service", "my service")] for text in good]

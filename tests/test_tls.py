@@ -6,25 +6,17 @@ import signal
 import socket
 import ssl
 import struct
-import time
 import warnings
-from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
-from harness import ACCEPTED, Pair, Receiver, eventually, payload_id, signal_payload
-from peers import Certificate, at_once, make_certificate
+from harness import ACCEPTED, Pair, Receiver, Start, payload_id, signal_payload, within
+from peers import Certificate, at_once
 from wire import Wire, post_bytes, request_bytes
 
 
 @pytest.fixture
-def certificate(tmp_path: Path) -> Certificate:
-    return make_certificate(tmp_path / "tls")
-
-
-@pytest.fixture
-def secure(start: Callable[..., Receiver], certificate: Certificate) -> Receiver:
+def secure(start: Start, certificate: Certificate) -> Receiver:
     return start(*certificate.options)
 
 
@@ -90,11 +82,10 @@ def test_a_handshake_that_ends_after_the_stop_has_begun_does_not_hold_it_up(
                 client.do_handshake()
                 break
         secure.signal(signal.SIGTERM)
-        eventually(lambda: "stopping on SIGTERM" in "\n".join(secure.log))
+        secure.wait_for_log("stopping on SIGTERM")
         connection.sendall(to_send.read())  # the end of the handshake, and then no request
-        began = time.monotonic()
-        assert secure.process.wait(10) == 0
-        assert time.monotonic() - began < 3
+        with within(3):
+            assert secure.process.wait(10) == 0
 
 
 @pytest.mark.parametrize("name", ["TLSv1_1", "TLSv1_2", "TLSv1_3"])
