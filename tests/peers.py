@@ -11,6 +11,7 @@ import re
 import ssl
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,6 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from cryptography.x509.oid import NameOID
 from harness import ACCEPTED, Pair, Receiver
 
 
@@ -56,7 +56,7 @@ def make_certificate(directory: Path, stem: str = "tls") -> Certificate:
     """A self-signed certificate for localhost and 127.0.0.1, made on the spot."""
     directory.mkdir(parents=True, exist_ok=True)
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    name = x509.Name.from_rfc4514_string("CN=localhost")
     now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
     names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
     certificate = (
@@ -71,15 +71,10 @@ def make_certificate(directory: Path, stem: str = "tls") -> Certificate:
         .sign(key, hashes.SHA256())
     )
     files = Certificate(directory / f"{stem}.pem", directory / f"{stem}.key")
-    files.cert.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    files.key.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    files.key.chmod(0o600)
+    pem, clear = serialization.Encoding.PEM, serialization.NoEncryption()
+    files.cert.write_bytes(certificate.public_bytes(pem))
+    files.key.touch(0o600)
+    files.key.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, clear))
     return files
 
 
@@ -111,27 +106,19 @@ class Endpoint:
         pair = self.pair(public)
         if pair is None:
             return as_json(400, {"error": "invalid public key"})
-        answer = pair.sign(challenge.encode())
-        if "verify" in self.faults:
-            answer = pair.sign(challenge.encode() + b"x")
+        answer = pair.sign(challenge.encode() + b"x" * ("verify" in self.faults))
         return 200, answer.encode(), "text/plain"
 
     def post(self, headers: Any, body: bytes) -> Reply:
         public = headers.get("x-notificare-public-key")
         signature = headers.get("x-notificare-signature")
         if public is None or signature is None:
-            if "unsigned" in self.faults:
-                return as_json(200, ACCEPTED)
-            return as_json(400, {"message": "missing parameters"})
+            return self.refuse({"message": "missing parameters"}, unless="unsigned")
         pair = self.pair(public)
         if pair is None:
-            if "unknown" in self.faults:
-                return as_json(200, ACCEPTED)
-            return as_json(400, {"error": "invalid public key"})
+            return self.refuse({"error": "invalid public key"}, unless="unknown")
         if not hmac.compare_digest(signature, pair.sign(body)):
-            if "tampered" in self.faults:
-                return as_json(200, ACCEPTED)
-            return as_json(400, {"error": "invalid signature"})
+            return self.refuse({"error": "invalid signature"}, unless="tampered")
         if not body.lstrip(b" \t\r\n").startswith(b"{"):
             if "encrypted" in self.faults:
                 return as_json(400, {"error": "not JSON"})
@@ -143,6 +130,9 @@ class Endpoint:
             return as_json(503, {"error": "disk full"})
         self.signals.append(body)
         return as_json(200, ACCEPTED)
+
+    def refuse(self, why: dict[str, str], unless: str) -> Reply:
+        return as_json(200, ACCEPTED) if unless in self.faults else as_json(400, why)
 
     def pair(self, public: str) -> Pair | None:
         return next((pair for pair in self.pairs if pair.public == public), None)
@@ -168,16 +158,14 @@ def serve_endpoint(endpoint: Endpoint) -> Iterator[Endpoint]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            endpoint.seen.append(self.path)
-            self.reply(endpoint.get(self.path, self.headers.get("x-notificare-public-key")))
+            self.reply(*endpoint.get(self.path, self.headers.get("x-notificare-public-key")))
 
         def do_POST(self) -> None:
-            endpoint.seen.append(self.path)
             body = self.rfile.read(int(self.headers.get("content-length", "0")))
-            self.reply(endpoint.post(self.headers, body))
+            self.reply(*endpoint.post(self.headers, body))
 
-        def reply(self, answer: Reply) -> None:
-            status, body, kind = answer
+        def reply(self, status: int, body: bytes, kind: str) -> None:
+            endpoint.seen.append(self.path)
             self.send_response(status)
             self.send_header("content-type", kind)
             self.send_header("content-length", str(len(body)))
@@ -200,42 +188,35 @@ def serve_endpoint(endpoint: Endpoint) -> Iterator[Endpoint]:
 def at_once(count: int, act: Callable[[int], Any], within: float = 60) -> list[Any]:
     """What `act(0)` ... `act(count - 1)` give, all begun at the same moment, each in a thread."""
     gate = threading.Barrier(count)
-    results: list[Any] = [None] * count
 
-    def one(number: int) -> None:
+    def one(number: int) -> Any:
         gate.wait(within)
-        try:
-            results[number] = act(number)
-        except Exception as error:
-            results[number] = error
+        return act(number)
 
-    threads = [threading.Thread(target=one, args=(n,), daemon=True) for n in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(within)
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-    return results
+    with ThreadPoolExecutor(count) as threads:
+        return list(threads.map(one, range(count), timeout=within))
+
+
+LINE = re.compile(
+    rb'\{"received_at":"[^"]*","instance":"([^"]*)","id":"([0-9a-f]{32})","signal":(.*)\}'
+)
+
+
+def _stored(receiver: Receiver, instance: str) -> Iterator[tuple[str, bytes]]:
+    """Ids and signals of the log, in order, with no signal parsed: Python's parser has limits."""
+    for line in receiver.raw().split(b"\n")[:-1]:
+        found = LINE.fullmatch(line)
+        assert found, line[:300]
+        if instance in ("", found[1].decode()):
+            yield found[2].decode(), found[3]
 
 
 def stored_text(receiver: Receiver, wanted: str, instance: str = "") -> bytes:
     """The bytes in the place of `signal` in the one stored line with this id."""
-    mark = f'"id":"{wanted}","signal":'.encode()
-    name = f'"instance":"{instance}'.encode()
-    lines = receiver.raw().split(b"\n")
-    found = [line for line in lines if mark in line[:300] and name in line[:200]]
+    found = [signal for identity, signal in _stored(receiver, instance) if identity == wanted]
     assert len(found) == 1, f"{len(found)} lines with id {wanted}"
-    assert found[0].endswith(b"}")
-    return found[0].partition(mark)[2][:-1]
+    return found[0]
 
 
 def stored_ids(receiver: Receiver, instance: str = "") -> list[str]:
-    """The ids in the log, in order, without parsing the payloads: Python's parser has limits."""
-    line = re.compile(
-        rb'\{"received_at":"[^"]*","instance":"([^"]*)","id":"([0-9a-f]{32})","signal":'
-    )
-    found = [line.match(each) for each in receiver.raw().split(b"\n")[:-1]]
-    assert None not in found
-    return [each[2].decode() for each in found if each and instance in ("", each[1].decode())]
+    return [identity for identity, _ in _stored(receiver, instance)]
