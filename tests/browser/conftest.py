@@ -25,9 +25,9 @@ def chromium() -> Iterator[webdriver.Chrome]:
         for each in (*OPTIONS, f"--user-data-dir={profile}"):
             options.add_argument(each)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-        driver = webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver"))
-        yield driver
-        driver.quit()
+        with webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver")) as driver:
+            driver.get("about:blank")  # away from its own first page, which loads for long
+            yield driver
 
 
 @pytest.fixture

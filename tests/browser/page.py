@@ -35,7 +35,7 @@ class Page:
 
     def open(self) -> Page:
         self.driver.get(self.url)
-        self.until(lambda: self.text("state") == "Receiving")
+        self.says("state", "Receiving")
         return self
 
     def until(self, check: Callable[[], Any], seconds: float = 20) -> Any:
@@ -57,6 +57,13 @@ class Page:
 
     def users(self) -> list[str]:
         return self.column(3)
+
+    def shows(self, users: list[str], seconds: float = 20) -> None:
+        """Wait until these users, and no other, are shown."""
+        self.until(lambda: self.users() == users, seconds)
+
+    def says(self, identifier: str, text: str) -> None:
+        self.until(lambda: self.text(identifier) == text)
 
     def facts(self) -> list[dict[str, str]]:
         """The figures: of the receiver, then of each instance."""

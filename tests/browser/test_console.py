@@ -70,7 +70,7 @@ def test_signals_appear_newest_first_with_local_time_instance_type_and_user_or_d
     page.shape(WIDE, zone="America/New_York")
     page.open()
     post_all(watched, pair, [signal_payload(deviceID="0c9c516a"), *numbered(0, 5)])
-    page.until(lambda: page.users() == [*names(0, 5), "0c9c516a"])
+    page.shows([*names(0, 5), "0c9c516a"])
     zone = ZoneInfo("America/New_York")
     times = [datetime.fromisoformat(line["received_at"]) for line in reversed(watched.lines())]
     assert page.column(0) == [f"{each.astimezone(zone):%Y-%m-%d %H:%M:%S}" for each in times]
@@ -85,11 +85,11 @@ def test_the_filter_finds_the_lines_that_hold_each_word_and_those_to_come(
     page.filter("jörg zürich")
     jorg = b'{"type":"email.Bounce","data":{"userID":"J\\u00d6RG","city":"Z\\u00fcrich"}}'
     post_all(watched, pair, [jorg, b'{"type":"application.Open","data":{"userID":"ana"}}'])
-    page.until(lambda: page.text("count") == "1 of the last 2")
+    page.says("count", "1 of the last 2")
     assert page.users() == ["JÖRG"]
     for typed, found in (("OPEN", ["ana"]), ("jörg open", []), ("my-app", ["ana", "JÖRG"])):
         page.filter(typed)
-        page.until(lambda found=found: page.users() == found)
+        page.shows(found)
 
 
 def test_pause_holds_the_view_and_loses_nothing(page: Page, watched: Receiver, pair: Pair) -> None:
@@ -97,10 +97,10 @@ def test_pause_holds_the_view_and_loses_nothing(page: Page, watched: Receiver, p
     page.until(lambda: len(page.users()) == 3)
     page.find("#pause").click()
     post_all(watched, pair, numbered(3, 40))
-    page.until(lambda: page.text("pause") == "Resume (37 new)")
+    page.says("pause", "Resume (37 new)")
     assert page.users() == names(0, 3)
     page.find("#pause").click()
-    page.until(lambda: page.users() == names(0, 40))
+    page.shows(names(0, 40))
     assert page.text("pause") == "Pause"
 
 
@@ -132,14 +132,14 @@ def test_everything_can_be_done_with_the_keyboard(
     page.until(lambda: len(page.users()) == 3)
     page.find("#filter").click()
     press(Keys.TAB, Keys.SPACE)
-    page.until(lambda: page.text("pause") == "Resume (0 new)")
+    page.says("pause", "Resume (0 new)")
     press(Keys.SPACE, Keys.TAB, Keys.TAB, Keys.ENTER)
     page.until(page.find("#detail").is_displayed)
     assert '"user-00001"' in page.text("whole")
     press(Keys.ESCAPE)
     assert not page.find("#detail").is_displayed()
     post_all(watched, pair, numbered(3, 5))  # which do not take the focus from where it is
-    page.until(lambda: page.users() == names(0, 5))
+    page.shows(names(0, 5))
     focused = "return document.activeElement.closest('tr').cells[3].textContent"
     assert page.run(focused) == "user-00001"
 
@@ -151,13 +151,13 @@ def test_after_a_restart_it_reconnects_by_itself_and_fills_the_gap(
     post_all(watched, pair, numbered(0, 10))
     page.until(lambda: len(page.users()) == 10)
     watched.stop(signal.SIGKILL)
-    page.until(lambda: page.text("state") == "No connection, trying again")
+    page.says("state", "No connection, trying again")
     assert page.driver.title == "No connection, trying again - Live API receiver"
     unwatched = start(port=watched.port)  # the page cannot reach this one
     post_all(unwatched, pair, numbered(10, 70))
     unwatched.stop()
     again = start("--console", str(console_port), port=watched.port)
-    page.until(lambda: page.text("state") == "Receiving")
+    page.says("state", "Receiving")
     post_all(again, pair, numbered(70, 75))
     page.until(lambda: page.users()[:5] == names(70, 75))
     assert page.users() == names(0, 75)
@@ -169,7 +169,7 @@ def test_a_hostile_signal_is_shown_as_text(page: Page, watched: Receiver, pair: 
         escaped = "\ud800" in text or "\0" in text  # which JSON does not hold as they are
         assert watched.post(pair, json.dumps(body, ensure_ascii=escaped).encode()).status == 200
     shown = [as_shown or text for text, as_shown in reversed(HOSTILE)]
-    page.until(lambda: page.users() == shown)
+    page.shows(shown)
     assert page.types() == shown
     for index, text in enumerate(shown):
         assert (text if "\\" in text else json.dumps(text)) in page.whole(index)
@@ -205,7 +205,7 @@ def test_thousands_of_signals_do_not_make_it_slow_and_the_newest_thousand_are_ke
         each = [numbered(n, n + 500) for n in range(0, 4000, 500)]
         list(posting.map(partial(post_all, watched, pair), each))
     stored = [line["signal"]["data"]["userID"] for line in watched.lines()]
-    page.until(lambda: page.users() == stored[:-1001:-1], 60)
+    page.shows(stored[:-1001:-1], 60)
     assert page.text("count") == "1,000 of the last 1,000"
     took = page.run(
         "const began = performance.now(); filter.value = arguments[0]; filter.oninput();"
@@ -230,7 +230,7 @@ def test_giant_signals_are_kept_in_bounded_memory(
     assert 5 <= len(view) < 15
     page.find("#pause").click()
     post_all(watched, pair, giants[15:])
-    page.until(lambda: page.text("pause") == f"Resume ({len(view)} new)")
+    page.says("pause", f"Resume ({len(view)} new)")
     assert page.types() == view
 
 
@@ -293,7 +293,7 @@ def test_that_signals_cannot_be_stored_is_said_once_and_with_the_reason(
     assert page.run(f"return [...document.querySelectorAll('{live}')].map(e => e.id)") == ["state"]
     assert page.run("return told") == 1  # what a screen reader is told
     aside.rename(watched.signals)
-    page.until(lambda: page.text("state") == "Receiving")
+    page.says("state", "Receiving")
 
 
 def test_it_is_readable_wide_and_narrow_light_and_dark(
