@@ -695,7 +695,7 @@ class SignalLog:
         self.storing.release()  # only now, so that the next batch is not a batch of one
         with self.turn:  # else a line that was offered just before the release could go unseen
             more = bool(self.pending)
-        if more or self.is_due():  # this thread has its own connection to go back to
+        if more:  # this thread has its own connection to go back to
             self.untended.set()
 
     def tend(self) -> None:
@@ -715,6 +715,7 @@ class SignalLog:
 
     def _store(self, lines: bytes) -> bool:
         """Append lines to the open segment and sync it; whether that has worked."""
+        stored = False
         self.busy_since, self.needed = time.monotonic(), len(lines) or self.needed
         try:
             self._prepare()
@@ -722,7 +723,7 @@ class SignalLog:
                 self.damaged = True  # should one of the next two raise
                 self.disk.append(self.fd, lines)
                 self.disk.sync(self.fd)
-                self.damaged = False
+                self.damaged, stored = False, True
                 device, inode, size = self.place
                 self.place = (device, inode, size + len(lines))
                 if not size:
@@ -732,7 +733,8 @@ class SignalLog:
             if self.failure:
                 log.info("signals are stored again")
             self.failure, self.needed = "", 0
-            return bool(lines)
+            if self.is_due():
+                self._close_segment()
         except OSError as error:
             first = not self.failure
             self.failure, self.failed_at = str(error.strerror), time.monotonic()
@@ -741,9 +743,8 @@ class SignalLog:
                 self.untended.set()  # only now: run() looks at the failure when it wakes
             with contextlib.suppress(OSError):  # else it is tried again once a second
                 self._prepare()
-            return False
-        finally:
-            self.busy_since = NEVER
+        self.busy_since = NEVER
+        return stored
 
     @property
     def trouble(self) -> str:
@@ -1985,6 +1986,8 @@ def check(url: str, keys: Path, name: str | None, *, insecure: bool) -> int:
             api.call(f"{who}: an unknown public key", UNKNOWN_KEY, stranger, first, proof)
         if api.failed:
             raise ConnectionError(f"{api.failed} of {api.calls} answers are not as they should be")
+    except BrokenPipeError:  # of our own output
+        raise
     except ConnectionError as error:
         print(f"FAILED: {error}")
         return 1

@@ -5,7 +5,7 @@ signal is in the log once, all lines are whole, and nothing is there that was no
 that is watching tries, at every moment, every state that a power loss could leave the disk in: so
 it goes through ordinary days, and days with each fault at each time.
 
-Run by `pytest` with 150 random examples; with LIVEAPI_FULL=1 it is 3,000, and a tenth of them watch.
+Run by `pytest` with 150 random examples; with LIVEAPI_FULL=1 it is 3,000, and a tenth watch.
 Real file systems: test_real_power_loss.py.
 """
 
