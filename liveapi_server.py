@@ -1692,7 +1692,7 @@ def open_listener(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, UnicodeError) as error:
         sandboxed = getattr(error, "errno", 0) == errno.EAFNOSUPPORT
-        hint = "; in the service's sandbox, enable its .socket unit instead" if sandboxed else ""
+        hint = "; a service listens by its .socket units: stop them, start it" * sandboxed
         raise OperatorError(f"cannot listen on {host} port {port}: {error}{hint}") from None
 
 
@@ -1715,7 +1715,7 @@ def activated_listeners() -> dict[str, socket.socket]:
             for fd, name in enumerate(names[: int(count)], 3):
                 given["console" if name == "console" else "live"] = socket.socket(fileno=fd)
         if len(given) != int(count):
-            raise OperatorError(f"LISTEN_FDS={count}: give one named live and one named console")
+            raise OperatorError(f"LISTEN_FDS={count}: one for a unit; empty ListenStream= drops others")
     return given
 
 
