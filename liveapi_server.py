@@ -1715,7 +1715,7 @@ def activated_listeners() -> dict[str, socket.socket]:
             for fd, name in enumerate(names[: int(count)], 3):
                 given["console" if name == "console" else "live"] = socket.socket(fileno=fd)
         if len(given) != int(count):
-            raise OperatorError(f"LISTEN_FDS={count}: one for a unit; empty ListenStream= drops others")
+            raise OperatorError(f"LISTEN_FDS={count}: it may be one named live, one console")
     return given
 
 
