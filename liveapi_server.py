@@ -1081,10 +1081,10 @@ class Server(socketserver.BaseServer):
     def stop(self) -> bool:
         """Finish what is in flight; True if all of it could be finished in time."""
         self.stopping = time.monotonic()
-        while time.monotonic() < self.stopping + STOP_SECONDS:
+        calm = 0  # looks in a row: what was accepted last gets its handler a moment later
+        while calm < 10 and time.monotonic() < self.stopping + STOP_SECONDS:
             self.sweep()
-            if self.socket.fileno() < 0 and not self.handlers:
-                break
+            calm = 0 if self.socket.fileno() >= 0 or self.handlers else calm + 1
             time.sleep(0.01)
         return not self.handlers
 
