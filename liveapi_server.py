@@ -26,7 +26,7 @@ late. A thread with a signal offers its line to the log; the first to find that 
 writes and syncs all that have gathered, and sends the 200s.
 
 Locks: SignalLog.storing is held by the thread that commits, for as long as the disk takes. Within
-it SignalLog.turn, Figures.counting and Server.room may be taken, each for microseconds.
+it SignalLog.turn and Figures.counting may be taken; these and Server.room for microseconds.
 Server.accepting is held by the thread that waits for a connection, a handler's `owed` from its
 offer of a signal until it has been told of it.
 """
@@ -324,7 +324,7 @@ class Instance:
     """A Live API instance: its name here, and a pair of keys that the Dashboard made for it.
 
     The public key only names the instance. The private key, which never leaves this object, signs
-    in both directions and gives the content encryption key. An instance with two pairs is two.
+    in both directions and gives the content encryption key. There is one for each pair.
     """
 
     name: str
@@ -991,6 +991,7 @@ class Server(socketserver.BaseServer):
 
     tls: ssl.SSLContext | None = None
     stopping = 0.0  # monotonic, since when
+    short = False  # of threads: said once
     routes: dict[str, tuple[str, ...]]  # the methods of each path
 
     def __init__(
@@ -1014,7 +1015,9 @@ class Server(socketserver.BaseServer):
                     threading.Thread(target=self.serve_forever, daemon=True).start()
                     self.threads, self.free = self.threads + 1, self.free + 1
             except RuntimeError:
-                log.error("cannot start a thread: raise TasksMax= or ulimit -u")
+                if not self.short:
+                    log.error("cannot start a thread: raise TasksMax= or ulimit -u")
+                self.short = True
                 self.make_room()  # its thread will be free
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
@@ -1143,14 +1146,14 @@ class StrictHandler(BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         """Read a request, do what it asks for, and answer it."""
         start = self.rfile.peek(1)
-        with self.owed:  # until then, the answer to the last request is rendered with its fields
+        with self.owed:  # the answer to the last request is rendered with its fields: wait for it
             pass
         self.close_connection = True
         if not start or self.closing:
             return
         self.wait("request", self.server.settings.timeout)
         self.head, self.instance, self.whole = NO_HEAD, None, False
-        # Until the head is read: whose answer has no body.
+        # Should the head be refused: the answer to HEAD has no body.
         self.command, self.path = "HEAD" if start.startswith(b"HEAD ") else "-", "-"
         try:
             if not HEAD_START.match(start):  # a TLS hello, say, which has no end of line
@@ -1467,7 +1470,7 @@ def follow(signal_log: SignalLog) -> Iterator[bytes]:
     """The log as tail -n 100 -F shows it, but only what is synced; b"" where nothing is new."""
     offset = -1  # the first line to show is still to be found
     while True:
-        with open(signal_log.disk.open_to_read(CURRENT), "rb") as file:
+        with open(CURRENT, "rb", opener=lambda *_: signal_log.disk.open_to_read(CURRENT)) as file:
             end, known, current = 0, False, True
             while current and offset <= end:
                 *this, size = signal_log.place
@@ -1484,7 +1487,10 @@ def follow(signal_log: SignalLog) -> Iterator[bytes]:
                 while offset < end and (line := file.readline(end - offset)):
                     offset += len(line)
                     yield line.rstrip(b"\n")
-                yield b""
+                if current or not known:
+                    yield b""
+                    file.seek(0, os.SEEK_END)  # what was read ahead may have been cut since
+                    file.seek(offset)
         offset = 0  # it was cut, or another segment is the open one
 
 
@@ -1539,16 +1545,11 @@ def console_status(receiver: Receiver) -> dict[str, Any]:
     figures, trouble = receiver.figures, receiver.signal_log.trouble
 
     def known_of(name: str) -> dict[str, Any]:
-        verified, received = figures.verified.get(name), figures.received.get(name)
-        known: dict[str, Any] = {
-            "instance": name,
-            "last_verify_at": verified,
-            "last_signal_at": received,
-        }
-        known |= {result: figures.signals[name, result] for result in RESULTS}
-        return known | {
-            "refused": {why: n for (who, why), n in figures.refused.items() if who == name}
-        }
+        when = {"last_verify_at": figures.verified.get(name)}
+        when |= {"last_signal_at": figures.received.get(name)}
+        counts = {result: figures.signals[name, result] for result in RESULTS}
+        refused = {why: n for (who, why), n in figures.refused.items() if who == name}
+        return {"instance": name, **when, **counts, "refused": refused}
 
     with figures.counting:
         return {
@@ -1579,11 +1580,8 @@ def metrics(receiver: Receiver) -> bytes:
         return {f'{{instance="{name}",{label}="{of}"}}': n for (name, of), n in counts.items()}
 
     def seconds(moments: dict[str, str]) -> dict[str, float]:
-        known = [(name, moments[name]) for name in names if name in moments]
-        return {
-            f'{{instance="{name}"}}': datetime.fromisoformat(moment).timestamp()
-            for name, moment in known
-        }
+        at = {name: datetime.fromisoformat(moments[name]) for name in names if name in moments}
+        return {f'{{instance="{name}"}}': when.timestamp() for name, when in at.items()}
 
     with figures.counting:
         every = {key: figures.signals[key] for key in itertools.product([*names, ""], RESULTS)}
@@ -1714,7 +1712,8 @@ def activated_listeners() -> dict[str, socket.socket]:
         with contextlib.suppress(OSError):  # it is no socket: one too few
             for fd, name in enumerate(names[: int(count)], 3):
                 given["console" if name == "console" else "live"] = socket.socket(fileno=fd)
-        if len(given) != int(count):
+        listens = (socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if sum(each.getsockopt(*listens) for each in given.values()) != int(count):
             raise OperatorError(f"LISTEN_FDS={count}: it may be one named live, one console")
     return given
 
