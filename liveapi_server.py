@@ -50,6 +50,7 @@ import logging
 import os
 import re
 import secrets
+import select
 import signal
 import socket
 import socketserver
@@ -1627,7 +1628,6 @@ def from_to(least: float, most: float, kind: Callable[[str], float] = int) -> Ca
 
 
 PORT, SECONDS = from_to(0, 65535), from_to(0.001, 999999, float)
-LOG_BYTES = 4096  # of a log line: so much enters a pipe whole, or not at all (pipe(7), PIPE_BUF)
 
 
 def endpoint_path(text: str) -> str:
@@ -1742,12 +1742,10 @@ class StandardError(logging.Handler):
         os.close(spare)
         there = os.fstat(2)
         self.journal = os.environ.get("JOURNAL_STREAM") == f"{there.st_dev}:{there.st_ino}"
-        if not stat.S_ISREG(there.st_mode):
-            flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-            try:  # opened anew: not to block is nobody else's then
+        if stat.S_ISCHR(there.st_mode) or stat.S_ISFIFO(there.st_mode):
+            with contextlib.suppress(OSError):  # opened anew: not to block is nobody else's then
+                flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
                 self.fd = os.open("/proc/self/fd/2", flags)
-            except OSError:  # a socket: the journal's
-                os.set_blocking(2, False)
 
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)
@@ -1757,7 +1755,9 @@ class StandardError(logging.Handler):
         start = f"<{priority}>" if self.journal else f"{now_rfc3339()} {record.levelname.lower()}: "
         lines = (start + text.replace("\n", "\n" + start)).encode(errors="backslashreplace")
         try:
-            os.write(self.fd, lines[: LOG_BYTES - 1] + b"\n")
+            if not select.select((), (self.fd,), (), 0)[1]:
+                raise BlockingIOError
+            os.write(self.fd, lines[: select.PIPE_BUF - 1] + b"\n")  # there is room for so much
             self.dropped = 0
         except BlockingIOError:
             self.dropped += 1

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -426,3 +427,16 @@ def test_a_failing_standard_error_holds_up_nothing(start: Start, pair: Pair, std
     assert answers(port)
     assert receiver.stop() == 0
     assert receiver.ids() == [payload_id(PAYLOAD)]
+
+
+def test_a_standard_error_that_others_share_is_left_as_it_is(tmp_path: Path, pair: Pair) -> None:
+    pair.write(tmp_path / "keys")
+    ours, theirs = socket.socketpair()  # a socket cannot be opened anew, as a pipe can
+    ours.settimeout(20)
+    command = [*COMMAND, "--port", "0"]
+    with ours, theirs, subprocess.Popen(command, cwd=tmp_path, stderr=theirs) as process:
+        try:
+            assert any("ready on" in line for line in ours.makefile())
+            assert os.get_blocking(theirs.fileno())
+        finally:
+            process.kill()
