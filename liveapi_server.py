@@ -974,7 +974,6 @@ class Figures:
 LINGER_SECONDS = 2.0  # for an answer to arrive before the connection is closed on unread bytes
 STOP_SECONDS = 8.0  # for requests in flight
 GRACE_SECONDS = 0.2  # at a stop, for a connection or a request that has just come
-ACCEPT_SECONDS = 0.3  # between two looks at whether it is time to stop
 SWEEP_SECONDS = 1.0  # between two looks at the connections, unless the timeouts are short
 RELIEF_SECONDS = 0.1  # between two tries to make room
 DISCARD_BYTES = 65536
@@ -1004,7 +1003,11 @@ class Server(socketserver.BaseServer):
         self.handlers = set[StrictHandler]()  # the open connections
         self.threads = self.free = 0  # free: without a connection
         self.accepting = threading.Lock()  # held by the thread that waits for a connection
-        listener.settimeout(ACCEPT_SECONDS)
+        self.wake = os.eventfd(0, os.EFD_CLOEXEC)  # at a stop; until then it costs nothing to wait
+        self.ready = select.poll()
+        self.ready.register(self.wake, select.POLLIN)
+        self.ready.register(listener, select.POLLIN)
+        listener.setblocking(False)
         if listener.family != socket.AF_UNIX:  # accepted sockets inherit it
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -1037,6 +1040,7 @@ class Server(socketserver.BaseServer):
     def get_request(self) -> tuple[socket.socket, Any]:
         """Wait for a connection, one thread at a time: else a connection would wake them all."""
         with self.accepting:
+            self.ready.poll()
             if self.stopping and time.monotonic() > self.stopping + GRACE_SECONDS:
                 self.socket.close()  # which ends all threads that come here
             request, address = self.socket.accept()
@@ -1071,7 +1075,8 @@ class Server(socketserver.BaseServer):
     def sweep(self) -> None:
         """Shut what is late; at a stop, also what waits for a request and has none."""
         now = time.monotonic()
-        ending = self.stopping and now > self.stopping + GRACE_SECONDS
+        if ending := self.stopping and now > self.stopping + GRACE_SECONDS:
+            os.eventfd_write(self.wake, 1)  # have the listener closed
         with self.room:
             for handler in self.handlers:
                 if handler.deadline <= now:
