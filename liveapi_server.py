@@ -991,7 +991,7 @@ class Server(socketserver.BaseServer):
 
     tls: ssl.SSLContext | None = None
     stopping = 0.0  # monotonic, since when
-    short = False  # of threads: said once
+    figures: Figures
     routes: dict[str, tuple[str, ...]]  # the methods of each path
 
     def __init__(
@@ -1019,9 +1019,8 @@ class Server(socketserver.BaseServer):
                     threading.Thread(target=self.serve_forever, daemon=True).start()
                     self.threads, self.free = self.threads + 1, self.free + 1
             except RuntimeError:
-                if not self.short:
-                    log.error("cannot start a thread: raise TasksMax= or ulimit -u")
-                self.short = True
+                reason = "cannot start a thread: raise TasksMax= or ulimit -u"
+                self.figures.say(logging.ERROR, "", reason)
                 self.make_room()  # its thread will be free
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
@@ -1611,7 +1610,7 @@ class Console(Server):
 
     def __init__(self, receiver: Receiver, listener: socket.socket) -> None:
         super().__init__(listener, ConsoleHandler, receiver.settings, most=WATCHERS)
-        self.receiver = receiver
+        self.receiver, self.figures = receiver, receiver.figures
         self.routes = dict.fromkeys(("/", "/signals", "/status", "/metrics"), ("GET", "HEAD"))
         # A Host field names a service by address, never by a name that DNS could rebind.
         address = address_of(listener)
