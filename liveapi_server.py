@@ -1229,15 +1229,16 @@ class StrictHandler(BaseHTTPRequestHandler):
 
     def _linger(self) -> None:
         """Wait until nothing unread is left: else a reset could overtake the answer."""
-        receive = functools.partial(socket.socket.recv, self.request, DISCARD_BYTES)
-        if self.whole and self.head.close and not receive(socket.MSG_DONTWAIT):
-            return  # it has said all, and gone; BlockingIOError: it has said all
+        said_all = self.whole and self.head.close
+        if said_all and not socket.socket.recv(self.request, 1, socket.MSG_DONTWAIT):
+            return  # it has gone, too; BlockingIOError: it has not
         self.wait("linger", LINGER_SECONDS)
         if self.late:  # it was shut, so it is at its end, and the next byte would be met by a reset
             time.sleep(LINGER_SECONDS)
         else:
             self.shut(socket.SHUT_WR)
-        while receive():
+        buffer = bytearray(DISCARD_BYTES)  # one, for a flood of them would scatter over the memory
+        while socket.socket.recv_into(self.request, buffer):
             pass
 
 
