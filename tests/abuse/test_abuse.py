@@ -520,7 +520,8 @@ def test_no_answer_goes_astray_and_nothing_stays_behind_when_clients_vanish(
         vitals.come_down(10)
     own = [line for line in receiver.lines() if "own" in line["signal"]["data"]]
     assert len(own) == 4 * (rounds // 3)
-    assert len(receiver.ids()) == len(set(receiver.ids()))
+    ids = receiver.ids()  # once: what vanished clients have sent may still be stored
+    assert len(ids) == len(set(ids))
 
 
 def test_whatever_is_acknowledged_is_stored_once_also_when_signals_push_each_other_out(
