@@ -14,9 +14,13 @@ import struct
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
+from pathlib import Path
 
+import pytest
+from disks import injected
 from harness import ACCEPTED, Answer, Pair, Receiver, Start, payload_id, signal_payload
+from tools import needs_strace
 from wire import Wire, post_bytes, request_bytes
 
 FULL = os.environ.get("LIVEAPI_FULL") == "1"
@@ -78,17 +82,23 @@ class Client:
         assert answer is None or answer.status == 408
 
 
+@needs_strace
+@pytest.mark.parametrize("slow", ["", "sendto", "fdatasync", "close", "shutdown", "recvfrom"])
 def test_where_descriptors_are_used_again_at_once_nobody_gets_anothers_answer(
-    start: Start, pair: Pair
+    start: Start, pair: Pair, tmp_path: Path, slow: str
 ) -> None:
+    """A call that takes 3 ms more gives the other threads time to come between."""
     options = ("--max-connections", "6", "--timeout", "0.3", "--keepalive", str(KEEPALIVE))
     receiver = start(*options)
-    clients = [Client(receiver, pair, 30 if FULL else 3) for _ in range(CLIENTS)]
-    with ThreadPoolExecutor(CLIENTS) as pool:
+    fault = (
+        injected(receiver, tmp_path / "t", f"{slow}:delay_enter=3000") if slow else nullcontext()
+    )
+    with fault, ThreadPoolExecutor(CLIENTS) as pool:
+        clients = [Client(receiver, pair, 20 if FULL else 2) for _ in range(CLIENTS)]
         for done in [pool.submit(client.live) for client in clients]:
             done.result()
     seen: Counter[str] = sum((client.seen for client in clients), Counter())
-    print(dict(sorted(seen.items())))
+    print(slow, dict(sorted(seen.items())))
     assert {"verify: 200", "verify: shut", "post: 200", "go"} <= seen.keys(), seen
     assert receiver.verify(pair).status == 200
     assert receiver.stop() == 0
