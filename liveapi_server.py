@@ -529,7 +529,7 @@ def parse_line(line: bytes) -> tuple[str, str, bytes] | None:
 # error leaves which file usable is a table of its own; one recovery for all of them is none.
 # Not promised: anything about a disk that says it has synced what it has not.
 
-CURRENT = "current.jsonl"
+CURRENT, TRIAL = "current.jsonl", ".trial"
 CLOSED_NAME = "%Y%m%dT%H%M%S.%fZ.jsonl"
 SEGMENT = re.compile(r"current\.jsonl|[0-8]\d{7}T\d{6}\.\d{6}Z\.jsonl")  # 9999 would be the last
 READ_BYTES = 1 << 20  # read at once, so that a segment of any size costs no memory
@@ -540,78 +540,15 @@ RETRY_SECONDS = 1.0  # between two tries to store again
 TRIAL_SECONDS = 0.5  # what has failed just now is not tried again before
 STALL_SECONDS = 10.0  # a disk that takes longer for a commit cannot store signals
 DAY = 86400  # seconds
-FOR_ALL = os.O_CLOEXEC | os.O_NONBLOCK  # no child and no FIFO
+NEW = os.O_CREAT | os.O_NOFOLLOW  # to open a file that is made if missing
 
 
-class Disk:
-    """The few calls with which the log touches its directory; a test may stand in for it."""
-
-    read = staticmethod(os.pread)  # descriptor, length, offset
-    cut = staticmethod(os.ftruncate)
-    sync = staticmethod(os.fdatasync)
-    close = staticmethod(os.close)
-
-    def __init__(self, directory: Path) -> None:
-        self.prefix = f"{directory}/"  # joining paths by pathlib takes as long as the call itself
-
-    def lock(self) -> None:
-        """Keep other servers out for as long as this process lives."""
-        # Who may read the signals cannot open this file, and hold the lock in our place.
-        fcntl.flock(self.open(".lock", 0o600), fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    def names(self) -> list[str]:
-        return os.listdir(self.prefix)
-
-    def open_to_read(self, name: str) -> int:
-        return os.open(self.prefix + name, os.O_RDONLY | FOR_ALL)
-
-    def open(self, name: str, mode: int = 0o640) -> int:
-        """Open a file to read and append; made if missing."""
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | FOR_ALL
-        fd = os.open(self.prefix + name, flags, mode)
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            os.close(fd)
-            raise OSError(errno.EINVAL, f"{name} is not a regular file")
-        return fd
-
-    def stat(self, file: str | int) -> os.stat_result:
-        return os.stat(self.prefix + file if isinstance(file, str) else file)
-
-    def free(self, fd: int) -> int:
-        there = os.fstatvfs(fd)
-        return there.f_bavail * there.f_frsize
-
-    def append(self, fd: int, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
-
-    def forget(self, fd: int) -> None:
-        """Have the next read come from the disk, not from memory: what is synced is dropped."""
-        with contextlib.suppress(OSError):  # a file system that takes no advice
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-
-    def sync_directory(self) -> None:
-        fd = self.open_to_read(".")
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-    def rename(self, old: str, new: str) -> None:
-        os.rename(self.prefix + old, self.prefix + new)
-
-    def remove(self, name: str) -> None:
-        os.unlink(self.prefix + name)
-
-    def try_write(self, size: int) -> None:
-        fd = self.open(".trial")
-        try:
-            self.append(fd, bytes(size))
-            self.sync(fd)
-        finally:
-            self.close(fd)
-            self.remove(".trial")
+def sync_directory(directory: Path | str, disk: Any = os) -> None:
+    fd = disk.open(directory, os.O_RDONLY)
+    try:
+        disk.fsync(fd)
+    finally:
+        disk.close(fd)
 
 
 @dataclass(slots=True)
@@ -629,10 +566,13 @@ class SignalLog:
     them commits at a time, and what the others offer meanwhile is the next batch."""
 
     def __init__(
-        self, disk: Disk, window: int, segment_bytes: int, committed: Callable[..., None]
+        self, directory: Path, window: int, segment_bytes: int, committed: Callable[..., None]
     ) -> None:
-        self.disk, self.segment_bytes, self.clock = disk, segment_bytes, time.time
+        self.prefix = f"{directory}/"  # joining paths by pathlib takes as long as the call itself
+        self.current, self.segment_bytes = self.prefix + CURRENT, segment_bytes
         self.committed = committed  # told of each batch: its entries, whether stored, seconds
+        self.disk: Any = os  # tests have a disk of their own stand in for it, and for the clock
+        self.clock = time.time
         self.turn = threading.Lock()  # guards the next four; held for microseconds
         self.pending = deque[Entry]()
         self.in_flight = dict[bytes, Entry]()  # what is pending or being committed
@@ -671,9 +611,10 @@ class SignalLog:
             self.pending.append(entry)
             return None
 
-    def commit(self) -> None:
-        """Store what is pending, unless another thread is at it, which will see to it then."""
-        if not self.pending or not self.storing.acquire(blocking=False):
+    def commit(self, tend: bool = False) -> None:
+        """Store what is pending, unless another thread is at it, which will see to it then; to
+        tend the log is to wait for that, close a segment that is due, or mend what has failed."""
+        if not (self.pending or tend) or not self.storing.acquire(blocking=tend):
             return
         started, batch, size = time.monotonic(), list[Entry](), 0
         with self.turn:
@@ -699,20 +640,13 @@ class SignalLog:
         if more:  # this thread has its own connection to go back to
             self.untended.set()
 
-    def tend(self) -> None:
-        """Close a segment that is due; after a failure, mend the log and try to store."""
-        with self.storing:
-            self._store(b"")
-
     def run(self) -> NoReturn:
         """The log's own thread: tend the log, and commit what has gathered during a commit."""
         while True:
             self.untended.wait(RETRY_SECONDS if self.failure else None)
             self.untended.clear()
             rested = time.monotonic() - self.failed_at >= TRIAL_SECONDS
-            if rested and (self.failure or self.is_due()):
-                self.tend()
-            self.commit()
+            self.commit(tend=rested and (bool(self.failure) or self.is_due()))
 
     def _store(self, lines: bytes) -> bool:
         """Append lines to the open segment and sync it; whether that has worked."""
@@ -721,16 +655,15 @@ class SignalLog:
         try:
             self._prepare()
             if lines:
-                self.damaged = True  # should one of the next two raise
-                self.disk.append(self.fd, lines)
-                self.disk.sync(self.fd)
+                self.damaged = True  # should the next one raise
+                self._write(self.fd, lines)
                 self.damaged, stored = False, True
                 device, inode, size = self.place
                 self.place = (device, inode, size + len(lines))
                 if not size:
                     self.day = self.clock() // DAY
             elif self.failure:
-                self.disk.try_write(self.needed or 1)
+                self._try_to_write()
             if self.failure:
                 log.info("signals are stored again")
             self.failure, self.needed = "", 0
@@ -746,6 +679,24 @@ class SignalLog:
                 self._prepare()
         self.busy_since = NEVER
         return stored
+
+    def open(self, name: str, flags: int = os.O_RDONLY) -> int:
+        """Open a file of the log; a FIFO in its place is not waited for."""
+        return int(self.disk.open(self.prefix + name, flags | os.O_NONBLOCK, 0o640))
+
+    def _write(self, fd: int, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[self.disk.write(fd, view) :]
+        self.disk.fdatasync(fd)
+
+    def _try_to_write(self) -> None:
+        fd = self.open(TRIAL, os.O_WRONLY | NEW)
+        try:
+            self._write(fd, bytes(self.needed or 1))
+        finally:
+            self.disk.close(fd)
+            self.disk.unlink(self.prefix + TRIAL)
 
     @property
     def trouble(self) -> str:
@@ -766,8 +717,8 @@ class SignalLog:
             size = self.disk.stat(self.fd).st_size
             if size < self.place[2]:  # a stranger has cut it: never make it longer
                 self.place = (*self.place[:2], size - len(next(self._backward(self.fd))))
-            self.disk.cut(self.fd, self.place[2])
-            self.disk.sync(self.fd)  # else a power loss could bring the lines back
+            self.disk.ftruncate(self.fd, self.place[2])
+            self.disk.fdatasync(self.fd)  # else a power loss could bring the lines back
             self._close_segment()
         elif self.fd < 0 or not self._in_place():
             if self.fd >= 0:
@@ -775,13 +726,14 @@ class SignalLog:
             self._open_segment()
         if self.is_due():
             self._close_segment()
-        if self.disk.free(self.fd) < self.needed + FLOOR_BYTES:
+        room = self.disk.fstatvfs(self.fd)
+        if room.f_bavail * room.f_frsize < self.needed + FLOOR_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _in_place(self) -> bool:
         """Whether the file at the path is the open segment, as large as it should be."""
         with contextlib.suppress(FileNotFoundError):
-            there = self.disk.stat(CURRENT)
+            there = self.disk.stat(self.current)
             return (there.st_dev, there.st_ino, there.st_size) == self.place
         return False
 
@@ -793,10 +745,10 @@ class SignalLog:
         try:
             if self._in_place():  # else it is a stranger's file, which is left alone
                 if self.place[2]:
-                    self.disk.rename(CURRENT, when.strftime(CLOSED_NAME))
+                    self.disk.rename(self.current, self.prefix + when.strftime(CLOSED_NAME))
                     self.last_closed, self.closing_failed = when, False
                 else:
-                    self.disk.remove(CURRENT)
+                    self.disk.unlink(self.current)
         except OSError as error:
             if self.damaged:
                 raise
@@ -812,31 +764,37 @@ class SignalLog:
             with contextlib.suppress(OSError):  # all that counts in it has been synced
                 self.disk.close(self.fd)
         self.fd, self.damaged = -1, False
-        self.disk.sync_directory()  # the last one's new name, before its old one is used again
-        fd = self.disk.open(CURRENT)
+        sync_directory(
+            self.prefix, self.disk
+        )  # the last one's new name, before its old one is used again
+        fd = self.open(CURRENT, os.O_RDWR | os.O_APPEND | NEW)
         there = self.disk.stat(fd)
         size, place = there.st_size, (there.st_dev, there.st_ino)
         try:
-            self.disk.sync(fd)
-            self.disk.forget(fd)
+            self._settle(fd)
             if torn := len(next(self._backward(fd))):
                 log.warning("%s: cut a torn line of %d bytes", CURRENT, torn)
-                self.disk.cut(fd, size - torn)
-                self.disk.sync(fd)
-            self.disk.sync_directory()
+                self.disk.ftruncate(fd, size - torn)
+                self.disk.fdatasync(fd)
+            sync_directory(self.prefix, self.disk)
         except OSError:
-            if size:
+            if size or not stat.S_ISREG(there.st_mode):
                 self.disk.close(fd)
             else:  # a sync that has failed proves nothing of a new file: it is to be removed
                 self.fd, self.place, self.damaged = fd, (*place, 0), True
             raise
         self.fd, self.place, self.day = fd, (*place, size - torn), there.st_mtime // DAY
 
+    def _settle(self, fd: int) -> None:
+        """Sync a file, and have the next read come from the disk, not from memory: a crash may
+        have left it there only; so may a failed sync, and one that succeeds now does not tell."""
+        self.disk.fdatasync(fd)  # of a FIFO, or the like, it fails
+        self.disk.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def start(self) -> None:
-        """Open the log, and learn from its newest lines what is stored. Raises OSError, which is
-        BlockingIOError if another server holds the directory; but a full disk is waited for."""
-        self.disk.lock()
-        newest_first = sorted(filter(SEGMENT.fullmatch, self.disk.names()), reverse=True)
+        """Open the log, and learn from its newest lines what is stored; OSError, but a full disk
+        is waited for."""
+        newest_first = sorted(filter(SEGMENT.fullmatch, self.disk.listdir(self.prefix)))[::-1]
         for name in newest_first:
             with contextlib.suppress(ValueError):  # it is the open one, or no segment of ours
                 self.last_closed = datetime.strptime(name, CLOSED_NAME).replace(tzinfo=UTC)
@@ -858,20 +816,16 @@ class SignalLog:
         self.window = OrderedDict.fromkeys(reversed(keys))
         if damaged:
             log.warning("left %d damaged line(s) of the log as they are", damaged)
-        self.tend()
+        self.commit(tend=True)
 
     def _stored_lines(self, name: str) -> Iterator[bytes]:
-        """A segment's lines that are on disk, last first; none if it cannot be opened or read.
-
-        A crash may have left them in memory only; so may a failed sync, and one that succeeds now
-        does not tell. So they are synced, which may raise OSError, dropped from memory, and read.
-        """
+        """A segment's lines that are on disk, last first, or none if it cannot be opened or read;
+        OSError if it cannot be synced."""
         fd, synced = -1, True
         try:
-            fd, synced = self.disk.open_to_read(name), False
-            self.disk.sync(fd)
+            fd, synced = self.open(name), False
+            self._settle(fd)
             synced = True
-            self.disk.forget(fd)
             yield from itertools.islice(self._backward(fd), 1, None)
         except OSError as error:
             if not synced:
@@ -886,7 +840,7 @@ class SignalLog:
         end, rest = self.disk.stat(fd).st_size, b""
         while end > 0:
             start = max(0, end - READ_BYTES - len(rest))  # a long line is copied a few times only
-            rest, *others = (self.disk.read(fd, end - start, start) + rest).split(b"\n")
+            rest, *others = (self.disk.pread(fd, end - start, start) + rest).split(b"\n")
             yield from reversed(others)
             end = start
         yield rest
@@ -1476,7 +1430,7 @@ def follow(signal_log: SignalLog) -> Iterator[bytes]:
     """The log as tail -n 100 -F shows it, but only what is synced; b"" where nothing is new."""
     offset = -1  # the first line to show is still to be found
     while True:
-        with open(CURRENT, "rb", opener=lambda *_: signal_log.disk.open_to_read(CURRENT)) as file:
+        with open(CURRENT, "rb", opener=lambda *_: signal_log.open(CURRENT)) as file:
             end, known, current = 0, False, True
             while current and offset <= end:
                 *this, size = signal_log.place
@@ -1786,14 +1740,17 @@ def open_servers(settings: Settings) -> tuple[Receiver, list[Server]]:
     listener = given.get("live") or open_listener(settings.host or "127.0.0.1", port)
     console = given.get("console") or (settings.console and open_listener(*settings.console))
     figures, path = Figures(), settings.signals
-    signal_log = SignalLog(Disk(path), settings.dedupe, settings.segment_bytes, figures.committed)
+    signal_log = SignalLog(path, settings.dedupe, settings.segment_bytes, figures.committed)
     receiver = Receiver(settings, listener, signal_log, figures)
     receiver.instances, receiver.tls = instances, tls
     try:
         made = [each for each in (path, *path.parents) if not each.exists()]
         path.mkdir(parents=True, exist_ok=True)
         for each in made:  # a power loss must not take the directory with what is in it
-            Disk(each.parent).sync_directory()
+            sync_directory(each.parent)
+        # Who may read the signals cannot open this file, and hold the lock in our place.
+        lock = os.open(path / ".lock", os.O_WRONLY | NEW, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         signal_log.start()
     except OSError as error:
         locked = isinstance(error, BlockingIOError)

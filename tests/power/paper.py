@@ -1,6 +1,6 @@
 """A disk on paper, for the program's own SignalLog, and who sends signals to such a log.
 
-`PaperDisk` stands in for the program's Disk. It keeps apart what programs see and what a power
+`PaperDisk` stands in for `os`, as far as the log uses it. It keeps apart what programs see and what a power
 loss leaves: a file's bytes are safe after its sync, a name after the directory's. Between the two
 the disk may have kept anything from nothing to all, in the order in which it was done.
 """
@@ -12,15 +12,18 @@ import errno
 import functools
 import hashlib
 import itertools
+import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import liveapi_server
-from liveapi_server import SignalLog
+from liveapi_server import TRIAL, SignalLog
 
 liveapi_server.TRIAL_SECONDS = 0.0  # on paper the next try is as good at once
 CURRENT = "current.jsonl"
@@ -85,7 +88,7 @@ def moved(names: Names, *moves: Move) -> Names:
     return names
 
 
-class PaperDisk(liveapi_server.Disk):
+class PaperDisk:
     """Files, one directory, and the order in which they reach the platter.
 
     `fails` is asked ahead of each call, by its name; it may raise PowerLossError. After an append
@@ -109,57 +112,61 @@ class PaperDisk(liveapi_server.Disk):
 
     # What the program calls
 
-    def lock(self) -> None:
-        pass
-
-    def names(self) -> list[str]:
+    def listdir(self, _: str) -> list[str]:
         return list(self.seen)
 
-    def open_to_read(self, name: str) -> int:
-        fd = next(NUMBERS)
+    def open(self, path: str, flags: int, _: int = 0) -> int:
+        name, fd = path.rpartition("/")[2], next(NUMBERS)
+        if name in ("", TRIAL):  # the directory, and a file that nothing is asked of later
+            self.files[fd] = Inode()
+            return fd
+        if flags & os.O_CREAT:
+            self._begin("open")
+            if name not in self.seen:
+                left = [old for old, *_ in self.unsynced]
+                assert name not in left, f"{name} is used again before its new name is on disk"
+                self._move("", name, Inode(changed=self.now()))
+            self.moment("open")
         self.files[fd] = self._named(name)
         return fd
 
-    def open(self, name: str) -> int:
-        self._begin("open")
-        if name not in self.seen:
-            left = [old for old, *_ in self.unsynced]
-            assert name not in left, f"{name} is used again before its new name is on disk"
-            self._move("", name, Inode(changed=self.now()))
-        self.moment("open")
-        return self.open_to_read(name)
-
     def stat(self, file: str | int) -> Any:
         inode = self._named(file) if isinstance(file, str) else self.files[file]
-        size = len(inode.seen)
-        return SimpleNamespace(st_dev=1, st_ino=inode.number, st_size=size, st_mtime=inode.changed)
+        return SimpleNamespace(
+            st_dev=1,
+            st_ino=inode.number,
+            st_mode=stat.S_IFREG,
+            st_size=len(inode.seen),
+            st_mtime=inode.changed,
+        )
 
-    def free(self, fd: int) -> int:
-        return self.room
+    def fstatvfs(self, _: int) -> Any:
+        return SimpleNamespace(f_bavail=self.room, f_frsize=1)
 
-    def read(self, fd: int, length: int, offset: int) -> bytes:
+    def pread(self, fd: int, length: int, offset: int) -> bytes:
         return self.files[fd].seen[offset : offset + length]
 
-    def append(self, fd: int, data: bytes) -> None:
+    def write(self, fd: int, data: memoryview) -> int:
         inode = self.files[fd]
         assert not inode.failed, "after an error more goes into the file"
         try:
             self._begin("append")
         except OSError:
-            self.change(inode, data[: self.short])
+            self.change(inode, bytes(data[: self.short]))
             inode.failed = True
             self.moment("an append that fails")
             raise
-        self.change(inode, data)
+        self.change(inode, bytes(data))
         self.moment("append")
+        return len(data)
 
-    def cut(self, fd: int, size: int) -> None:
+    def ftruncate(self, fd: int, size: int) -> None:
         self._begin("cut")
         assert size <= len(self.files[fd].seen), "a file is made longer"
         self.change(self.files[fd], size)
         self.moment("cut")
 
-    def sync(self, fd: int) -> None:
+    def fdatasync(self, fd: int) -> None:
         inode = self.files[fd]
         assert not inode.doubtful, "a failed sync is tried again on the same bytes"
         try:
@@ -177,34 +184,32 @@ class PaperDisk(liveapi_server.Disk):
         inode.settle()
         self.moment("sync")
 
-    def forget(self, fd: int) -> None:
+    def posix_fadvise(self, fd: int, *_: int) -> None:
         inode = self.files[fd]
         inode.seen = after(inode.safe, *inode.unsynced)
         if inode.seen:  # what a file holds that was found is known again, by reading it
             inode.failed = False
 
-    def sync_directory(self) -> None:
+    def fsync(self, _: int) -> None:
         self._begin("sync_directory")
         self.safe, self.unsynced = dict(self.seen), []
         self.moment("sync_directory")
 
     def rename(self, old: str, new: str) -> None:
         self._begin("rename")
+        new = new.rpartition("/")[2]
         assert new not in self.seen, f"{new} would be overwritten"
-        self._move(old, new, self._named(old))
+        self._move(old.rpartition("/")[2], new, self._named(old))
         self.moment("rename")
 
-    def remove(self, name: str) -> None:
-        self._begin("remove")
-        self._move(name, None, self._named(name))
-        self.moment("remove")
+    def unlink(self, path: str) -> None:
+        if path.rpartition("/")[2] != TRIAL:
+            self._begin("remove")
+            self._move(path.rpartition("/")[2], None, self._named(path))
+            self.moment("remove")
 
     def close(self, fd: int) -> None:
         del self.files[fd]
-
-    def try_write(self, size: int) -> None:
-        self._begin("append")
-        self._begin("sync")
 
     # How it is kept
 
@@ -212,7 +217,8 @@ class PaperDisk(liveapi_server.Disk):
         if self.fails(call):
             raise OSError(errno.EIO, "Input/output error")
 
-    def _named(self, name: str) -> Inode:
+    def _named(self, path: str) -> Inode:
+        name = path.rpartition("/")[2]
         if name not in self.seen:
             raise FileNotFoundError(errno.ENOENT, "No such file", name)
         return self.seen[name]
@@ -317,10 +323,8 @@ class Sender:
     acknowledged: set[Message] = field(default_factory=set)
 
     def start(self, disk: PaperDisk) -> None:
-        self.log = SignalLog(
-            disk, window=10_000, segment_bytes=self.segment_bytes, committed=lambda *_: None
-        )
-        self.log.clock = disk.now
+        self.log = SignalLog(Path("log"), 10_000, self.segment_bytes, lambda *_: None)
+        self.log.disk, self.log.clock = disk, disk.now
         self.log.start()
 
     def send(self, messages: list[Message]) -> set[Message]:

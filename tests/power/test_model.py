@@ -181,7 +181,7 @@ class LogMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def tend(self, data: Any = None) -> None:
         try:
-            self.sender.log.tend()
+            self.sender.log.commit(tend=True)
         except PowerLossError:
             self.fall("power", data)
 
@@ -190,7 +190,7 @@ class LogMachine(RuleBasedStateMachine):
         """The disk is well; within a look or two the log must be able to store, too."""
         self.be_well()
         for _ in range(3):
-            self.sender.log.tend()
+            self.sender.log.commit(tend=True)
         self.append(1)
         assert self.sender.answered == set(self.fresh)
         assert not self.sender.log.failure
