@@ -65,7 +65,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler
-from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import parse_qs, quote, urlsplit
@@ -178,10 +177,7 @@ class Head:
     continues: bool  # the client waits for "100 Continue"
 
 
-NO_HEAD = Head("-", "-", "", {}, None, False, False)
-
-
-def read_head(file: BufferedIOBase) -> Head:
+def read_head(file: io.BufferedIOBase) -> Head:
     """Read from the request line to the blank line."""
     line = file.readline(REQUEST_LINE_BYTES)
     if line == b"\r\n":  # RFC 9112 section 2.2
@@ -192,7 +188,7 @@ def read_head(file: BufferedIOBase) -> Head:
     return Head(method, path, query, fields, *framing)
 
 
-def read_fields(file: BufferedIOBase) -> dict[bytes, bytes]:
+def read_fields(file: io.BufferedIOBase) -> dict[bytes, bytes]:
     """Read a header or trailer section and its blank line."""
     fields: dict[bytes, bytes] = {}
     left = HEADER_BYTES
@@ -257,7 +253,7 @@ def parse_framing(minor: bytes, *values: bytes | None) -> tuple[int | None, bool
     return None if coding else int(length or 0), close, expect is not None
 
 
-def read_body(file: BufferedIOBase, head: Head, max_body: int) -> bytes:
+def read_body(file: io.BufferedIOBase, head: Head, max_body: int) -> bytes:
     """Read a body of at most `max_body` bytes, and no byte more."""
     if head.length is not None:
         return _read(file, head.length, max_body)
@@ -283,7 +279,7 @@ def read_body(file: BufferedIOBase, head: Head, max_body: int) -> bytes:
         left += size
 
 
-def _read(file: BufferedIOBase, size: int, most: int) -> bytes:
+def _read(file: io.BufferedIOBase, size: int, most: int) -> bytes:
     if size > most:
         raise Refusal(413, "body too large")
     data = file.read(size)
@@ -958,9 +954,7 @@ class Server(socketserver.BaseServer):
         self.threads = self.free = 0  # free: without a connection
         self.accepting = threading.Lock()  # held by the thread that waits for a connection
         self.wake = os.eventfd(0, os.EFD_CLOEXEC)  # at a stop; until then it costs nothing to wait
-        self.ready = select.poll()
-        self.ready.register(self.wake, select.POLLIN)
-        self.ready.register(listener, select.POLLIN)
+        self.waits = (listener.fileno(), self.wake)
         listener.setblocking(False)
         if listener.family != socket.AF_UNIX:  # accepted sockets inherit it
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -993,27 +987,25 @@ class Server(socketserver.BaseServer):
     def get_request(self) -> tuple[socket.socket, Any]:
         """Wait for a connection, one thread at a time: else a connection would wake them all."""
         with self.accepting:
-            self.ready.poll()
+            select.select(self.waits, (), ())
             if self.stopping and time.monotonic() > self.stopping + GRACE_SECONDS:
                 self.socket.close()  # which ends all threads that come here
             request, address = self.socket.accept()
-        if self.tls:
-            request = self.tls.wrap_socket(request, True, do_handshake_on_connect=False)
+            with self.room:
+                self.free -= 1
+                if not self.free:
+                    self.start_thread()
         return request, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Handle a connection to its end, having seen to it that a thread waits for the next."""
-        with self.room:
-            self.free -= 1
-            if not self.free:
-                self.start_thread()
-        with contextlib.suppress(OSError), request:  # it may have gone within a handshake
-            self.finish_request(request, client_address)
+        """Handle a connection to its end."""
+        with contextlib.suppress(OSError):  # it may go within a handshake
+            if self.tls:
+                request = self.tls.wrap_socket(request, True, do_handshake_on_connect=False)
+            with request:
+                self.finish_request(request, client_address)
         with self.room:
             self.free += 1
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        exit_on_defect()
 
     def make_room(self) -> None:
         """Shut the connection that has waited longest for its request, of the address with most:
@@ -1043,12 +1035,12 @@ class Server(socketserver.BaseServer):
     def stop(self) -> bool:
         """Finish what is in flight; True if all of it could be finished in time."""
         self.stopping = time.monotonic()
-        calm = 0  # looks in a row: what was accepted last gets its handler a moment later
-        while calm < 10 and time.monotonic() < self.stopping + STOP_SECONDS:
+        while self.socket.fileno() >= 0 or self.free < self.threads:
+            if time.monotonic() > self.stopping + STOP_SECONDS:
+                return False
             self.sweep()
-            calm = 0 if self.socket.fileno() >= 0 or self.handlers else calm + 1
             time.sleep(0.01)
-        return not self.handlers
+        return True
 
 
 class StrictHandler(BaseHTTPRequestHandler):
@@ -1061,7 +1053,7 @@ class StrictHandler(BaseHTTPRequestHandler):
     server: Server
     request: socket.socket
     rfile: io.BufferedReader
-    head = NO_HEAD  # of the newest request
+    head = Head("-", "-", "", {}, None, False, False)  # of the newest request
     instance: Instance | None = None  # whose request it is, once that is known
     whole = False  # the request has been read to its end
     closing = False  # the client has been told that no other request will be served
@@ -1100,7 +1092,7 @@ class StrictHandler(BaseHTTPRequestHandler):
         except OSError:  # the client has gone, or was shut out
             pass
         except Exception:  # not left to the thread: finish() might wait for ever before
-            self.server.handle_error(self.request, self.client_address)
+            exit_on_defect()
 
     def handle_one_request(self) -> None:
         """Read a request, do what it asks for, and answer it."""
@@ -1111,7 +1103,7 @@ class StrictHandler(BaseHTTPRequestHandler):
         if not start or self.closing:
             return
         self.wait("request", self.server.settings.timeout)
-        self.head, self.instance, self.whole = NO_HEAD, None, False
+        self.head, self.instance, self.whole = StrictHandler.head, None, False
         # Should the head be refused: the answer to HEAD has no body.
         self.command, self.path = "HEAD" if start.startswith(b"HEAD ") else "-", "-"
         try:
@@ -1162,24 +1154,25 @@ class StrictHandler(BaseHTTPRequestHandler):
 
     def render(self, answer: Answer) -> bytes:
         """An answer's bytes; at a stop the connection ends with them."""
+        if self.server.settings.access_log:
+            client, size = self.address or "-", len(answer.body)
+            log.info('%s "%s %s" %d %d', client, self.command, self.path, answer.status, size)
         self.closing = self.close_connection = self.close_connection or bool(self.server.stopping)
         return render(answer, self.closing, self.command != "HEAD", int(time.time()))
 
     def finish(self) -> None:
-        try:
-            with self.owed, contextlib.suppress(OSError):
-                if isinstance(self.request, ssl.SSLSocket):  # RFC 8446 section 6.1: say goodbye
-                    self.request.settimeout(0)  # without waiting for the client's
-                    with contextlib.suppress(OSError, ValueError):  # it may never have begun
-                        self.request.unwrap()
-                    socket.socket.settimeout(self.request, None)
-                if self.closing:
-                    self._linger()
-        finally:
-            with self.server.room:  # from now on nobody shuts the socket, which may be another's
-                self.server.handlers.remove(self)
-                self.server.room.notify()
-            super().finish()
+        with self.owed, contextlib.suppress(OSError):
+            if isinstance(self.request, ssl.SSLSocket):  # RFC 8446 section 6.1: say goodbye
+                self.request.settimeout(0)  # without waiting for the client's
+                with contextlib.suppress(OSError, ValueError):  # it may never have begun
+                    self.request.unwrap()
+                self.request.settimeout(None)
+            if self.closing:
+                self._linger()
+        with self.server.room:  # from now on nobody shuts the socket, which may be another's
+            self.server.handlers.remove(self)
+            self.server.room.notify()
+        super().finish()
 
     def _linger(self) -> None:
         """Wait until nothing unread is left: else a reset could overtake the answer."""
@@ -1280,12 +1273,6 @@ class SignalHandler(StrictHandler):
         reason = f"Verify: {refusal.reason}" if verify else refusal.reason
         self.server.figures.refuse(name, reason, refusal.detail)
         super().refuse(refusal)
-
-    def render(self, answer: Answer) -> bytes:
-        if self.server.settings.access_log:
-            client, size = self.address or "-", len(answer.body)
-            log.info('%s "%s %s" %d %d', client, self.command, self.path, answer.status, size)
-        return super().render(answer)
 
 
 class Receiver(Server):

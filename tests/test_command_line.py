@@ -228,7 +228,7 @@ def test_a_defect_in_a_thread_ends_it_with_status_1_whatever_becomes_of_the_log(
 
 
 def test_a_defect_while_a_signal_is_stored_ends_it_with_status_1(start: Start, pair: Pair) -> None:
-    receiver = start(wrapper=broken("Figures.committed"))
+    receiver = start(wrapper=broken("SignalHandler.answered"))
     with suppress(OSError, HTTPException):
         receiver.post(pair, signal_payload())
     assert receiver.process.wait(10) == 1

@@ -1,8 +1,8 @@
 """A disk on paper, for the program's own SignalLog, and who sends signals to such a log.
 
-`PaperDisk` stands in for `os`, as far as the log uses it. It keeps apart what programs see and what a power
-loss leaves: a file's bytes are safe after its sync, a name after the directory's. Between the two
-the disk may have kept anything from nothing to all, in the order in which it was done.
+`PaperDisk` stands in for `os`, as far as the log uses it. It keeps apart what programs see and what
+a power loss leaves: a file's bytes are safe after its sync, a name after the directory's. Between
+the two the disk may have kept anything from nothing to all, in the order in which it was done.
 """
 
 from __future__ import annotations
