@@ -1,8 +1,4 @@
 #!/usr/bin/env python3
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["cryptography>=38.0.4"]
-# ///
 """Receive the signals of Notificare's Live API and keep each one, once, on disk.
 
     python3 liveapi_server.py [serve] [options]    receive signals (the default)
@@ -26,9 +22,9 @@ late. A thread with a signal offers its line to the log; the first to find that 
 writes and syncs all that have gathered, and sends the 200s.
 
 Locks: SignalLog.storing is held by the thread that commits, for as long as the disk takes. Within
-it SignalLog.turn and Figures.counting may be taken; these and Server.room for microseconds.
-Server.accepting is held by the thread that waits for a connection, a handler's `owed` from its
-offer of a signal until it has been told of it.
+it SignalLog.turn and Figures.counting may be taken, within Server.accepting (held by the thread
+that waits for a connection) Server.room: these three for microseconds. A handler's `owed` is held
+from its offer of a signal until it has been told of it.
 """
 
 from __future__ import annotations
@@ -83,9 +79,7 @@ except ImportError as error:  # a line for the operator, not a traceback; UTC ca
 __version__ = "0.2.0"
 log = logging.getLogger("liveapi")
 
-# ------------------------------------------------------------------------------------------------
-# 1  Request: a request is read from a connection, or refused
-#
+# ---- 1  Request: a request is read from a connection, or refused ---------------------------------
 # Framing follows RFC 9112 and fields follow RFC 9110, strictly: a request that two servers could
 # read in two ways is how requests are smuggled past a proxy, so it is refused and the connection
 # closed. The readers take any blocking file, raise Refusal, or EOFError if it ends too early.
@@ -304,8 +298,7 @@ def parse_challenge(query: str) -> bytes:
     return challenge
 
 
-# ------------------------------------------------------------------------------------------------
-# 2  Instance: whose keys; is the signature right; what was encrypted
+# ---- 2  Instance: whose keys; is the signature right; what was encrypted -------------------------
 
 
 class OperatorError(Exception):
@@ -434,8 +427,7 @@ def fingerprint(key: bytes) -> str:
     return hashlib.sha256(key).hexdigest()[:6]
 
 
-# ------------------------------------------------------------------------------------------------
-# 3  Signal: is it a JSON object; the line that will stand in the log
+# ---- 3  Signal: is it a JSON object; the line that will stand in the log -------------------------
 
 # Numbers are kept as text, whatever their size; NaN and Infinity are none: int() refuses them.
 _DECODER = json.JSONDecoder(parse_constant=int, parse_int=str, parse_float=str)
@@ -495,9 +487,7 @@ def parse_line(line: bytes) -> tuple[str, str, bytes] | None:
     return match[1].decode(), match[2].decode(), identity
 
 
-# ------------------------------------------------------------------------------------------------
-# 4  Signal log: batch, write, sync; what a crash leaves and how it is mended
-#
+# ---- 4  Signal log: batch, write, sync; what a crash leaves and how it is mended -----------------
 # The log is a row of closed segments and the open one. Which crash leaves which bytes:
 #
 #   before the write    nothing of the batch. Nobody was told 200; the sender sends it again.
@@ -842,8 +832,7 @@ class SignalLog:
         yield rest
 
 
-# ------------------------------------------------------------------------------------------------
-# 5  Figures: what is counted, and what is logged once a minute
+# ---- 5  Figures: what is counted, and what is logged once a minute -------------------------------
 
 RESULTS = ("stored", "repeated", "refused", "unavailable")
 REASON_SECONDS = 60.0  # what a client can cause is logged no more often, for an instance and reason
@@ -913,9 +902,7 @@ class Figures:
             return ", ".join(f"{self.total(each)} {each}" for each in RESULTS)
 
 
-# ------------------------------------------------------------------------------------------------
-# 6  Server: connections, the threads that handle them, the answers
-#
+# ---- 6  Server: connections, the threads that handle them, the answers ---------------------------
 # A handler blocks in its read, without a timeout of its own: in CPython such a timeout costs two
 # more system calls for each read, and each call that gives up the interpreter lock has to wait for
 # it under load. Instead a housekeeper looks at all connections now and then, and shuts the sockets
@@ -1295,8 +1282,7 @@ class Receiver(Server):
             log.info("public key of %s: SHA-256 %s...", instance.name, fingerprint(key))
 
 
-# ------------------------------------------------------------------------------------------------
-# 7  Console: the private listener: page, stream, status, metrics
+# ---- 7  Console: the private listener: page, stream, status, metrics -----------------------------
 
 WATCHERS = 32  # connections to the console at once
 STREAM_LINES = 100  # of the open segment, that a new watcher is shown
@@ -1560,8 +1546,7 @@ class Console(Server):
         self.hosts = hosts | {host.removesuffix(":80") for host in hosts}
 
 
-# ------------------------------------------------------------------------------------------------
-# 8  Life: options, systemd, reload, stop
+# ---- 8  Life: options, systemd, reload, stop -----------------------------------------------------
 
 
 def from_to(least: float, most: float, kind: Callable[[str], float] = int) -> Callable[[str], Any]:
@@ -1820,8 +1805,7 @@ def reload(receiver: Receiver) -> None:
     notify("READY=1")
 
 
-# ------------------------------------------------------------------------------------------------
-# 9  Commands: serve, check, demo
+# ---- 9  Commands: serve, check, demo -------------------------------------------------------------
 
 DOCUMENTED_TYPES = """application.Install application.Registration application.Uninstall
 application.Upgrade application.Open application.Close application.Exception push.Registration
