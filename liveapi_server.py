@@ -147,8 +147,6 @@ MISSING = json_answer(400, message="missing parameters")
 UNKNOWN_KEY = json_answer(400, error="invalid public key")
 WRONG_SIGNATURE = json_answer(400, error="invalid signature")
 CANNOT_STORE = json_answer(503, error="cannot store signals now")
-STATUS_OK = json_answer(200, status="ok")
-STATUS_UNAVAILABLE = json_answer(503, status="unavailable")
 
 
 class Refusal(Exception):
@@ -656,11 +654,10 @@ class SignalLog:
             if self.is_due():
                 self._close_segment()
         except OSError as error:
-            first = not self.failure
+            if not self.failure:
+                log.error("cannot store signals: %s; trying again", error.strerror)
             self.failure, self.failed_at = str(error.strerror), time.monotonic()
-            if first:
-                log.error("cannot store signals: %s; trying again", self.failure)
-                self.untended.set()  # only now: run() looks at the failure when it wakes
+            self.untended.set()  # from now on run() looks at the clock, too
             with contextlib.suppress(OSError):  # else it is tried again once a second
                 self._prepare()
         self.busy_since = NEVER
@@ -927,7 +924,7 @@ class Server(socketserver.BaseServer):
     """
 
     tls: ssl.SSLContext | None = None
-    stopping = 0.0  # monotonic, since when
+    stopping = ending = False  # each answer is a connection's last; no connection is taken
     figures: Figures
     routes: dict[str, tuple[str, ...]]  # the methods of each path
 
@@ -975,7 +972,7 @@ class Server(socketserver.BaseServer):
         """Wait for a connection, one thread at a time: else a connection would wake them all."""
         with self.accepting:
             select.select(self.waits, (), ())
-            if self.stopping and time.monotonic() > self.stopping + GRACE_SECONDS:
+            if self.ending:
                 self.socket.close()  # which ends all threads that come here
             request, address = self.socket.accept()
             with self.room:
@@ -1007,8 +1004,6 @@ class Server(socketserver.BaseServer):
     def sweep(self) -> None:
         """Shut what is late; at a stop, also what waits for a request and has none."""
         now = time.monotonic()
-        if ending := self.stopping and now > self.stopping + GRACE_SECONDS:
-            os.eventfd_write(self.wake, 1)  # have the listener closed
         with self.room:
             for handler in self.handlers:
                 if handler.deadline <= now:
@@ -1016,14 +1011,17 @@ class Server(socketserver.BaseServer):
                     # A late request still gets its 408, unless that is late too.
                     gentle = handler.state == "request" and now < handler.deadline + LINGER_SECONDS
                     handler.shut(socket.SHUT_RD if gentle else socket.SHUT_RDWR)
-                elif ending and handler.state == "idle":
+                elif self.ending and handler.state == "idle":
                     handler.shut(socket.SHUT_RD)  # what has come can still be read
 
     def stop(self) -> bool:
         """Finish what is in flight; True if all of it could be finished in time."""
-        self.stopping = time.monotonic()
+        until, self.stopping = time.monotonic() + STOP_SECONDS, True
+        time.sleep(GRACE_SECONDS)
+        self.ending = True
+        os.eventfd_write(self.wake, 1)
         while self.socket.fileno() >= 0 or self.free < self.threads:
-            if time.monotonic() > self.stopping + STOP_SECONDS:
+            if time.monotonic() > until:
                 return False
             self.sweep()
             time.sleep(0.01)
@@ -1184,8 +1182,8 @@ class SignalHandler(StrictHandler):
     def do_GET(self) -> None:
         """A Verify: the challenge, signed; or whether signals can be stored."""
         if self.path == "/status":
-            trouble = self.server.signal_log.trouble
-            self.answer(STATUS_UNAVAILABLE if trouble else STATUS_OK)
+            code, status = (503, "unavailable") if self.server.signal_log.trouble else (200, "ok")
+            self.answer(json_answer(code, status=status))
             return
         instance = self.find_instance(asked="challenge=" in self.head.query)
         challenge = parse_challenge(self.head.query)
