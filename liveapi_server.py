@@ -90,10 +90,8 @@ FRAMING_FIELDS = b"host transfer-encoding content-length expect".split()
 # Fields that say one thing; said twice they could be read in two ways.
 SAID_ONCE = {PUBLIC_KEY, SIGNATURE, b"content-type", b"content-encoding", *FRAMING_FIELDS}
 
-TARGET_BYTES = 8192
+TARGET_BYTES, HEADER_BYTES, FIELDS, CHUNK_LINE_BYTES = 8192, 32768, 100, 256
 REQUEST_LINE_BYTES = TARGET_BYTES + 64  # with the method and the version
-HEADER_BYTES, FIELDS = 32768, 100
-CHUNK_LINE_BYTES = 256
 CHUNK_FRAMING_BYTES = 16384  # by which the framing of chunks may outweigh what they hold
 QUERY_PARAMETERS = 16  # of a Verify: parsing them takes time
 
@@ -125,13 +123,10 @@ class Answer:
 @functools.lru_cache(maxsize=64)  # most signals of a second get the same bytes
 def render(answer: Answer, close: bool, with_body: bool, now: int) -> bytes:
     """An answer's bytes; `now` in seconds since the epoch."""
-    fields = {"Content-Type": answer.content_type, "Content-Length": str(len(answer.body))}
-    if answer.content_type == STREAM:
-        del fields["Content-Length"]
-    fields |= {
-        "Date": formatdate(now, usegmt=True),
-        "Connection": "close" if close else "keep-alive",
-    }
+    fields = {"Content-Type": answer.content_type, "Date": formatdate(now, usegmt=True)}
+    fields["Connection"] = "close" if close else "keep-alive"
+    if answer.content_type != STREAM:
+        fields["Content-Length"] = str(len(answer.body))
     lines = "".join(f"{name}: {value}\r\n" for name, value in {**fields, **answer.headers}.items())
     head = f"HTTP/1.1 {answer.status} {http.client.responses[answer.status]}\r\n{lines}\r\n"
     return head.encode() + answer.body if with_body else head.encode()
@@ -328,10 +323,6 @@ class Instance:
         mac = self._keyed_mac.copy()  # cheaper than keying it anew
         mac.update(message)
         return base64.b64encode(mac.digest())
-
-    def authenticates(self, body: bytes, signature: bytes) -> bool:
-        """Whether `signature` is the body's; takes as long wherever the two differ."""
-        return hmac.compare_digest(self.sign(body), signature)
 
     def _content_key(self) -> AESGCM:
         derive = HKDF(SHA256(), 32, salt=self.public_key, info=b"liveapi-jwe-A256GCM")  # RFC 5869
@@ -940,8 +931,7 @@ class Server(socketserver.BaseServer):
         self.wake = os.eventfd(0, os.EFD_CLOEXEC)  # at a stop; until then it costs nothing to wait
         self.waits = (listener.fileno(), self.wake)
         listener.setblocking(False)
-        if listener.family != socket.AF_UNIX:  # accepted sockets inherit it
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # so for those it accepts
 
     def start_thread(self) -> None:
         """Start a handler thread, if there is none yet for each connection and the next one."""
@@ -994,10 +984,10 @@ class Server(socketserver.BaseServer):
     def make_room(self) -> None:
         """Shut the connection that has waited longest for its request, of the address with most:
         neither idle or slow ones, nor a flood from one address, keep the Live API out."""
-        crowd = Counter(each.address for each in self.handlers)
+        crowd = Counter(each.client_address[0] for each in self.handlers)
         waiting = [each for each in self.handlers if each.deadline != NEVER]
         if waiting:
-            longest = min(waiting, key=lambda each: (-crowd[each.address], each.since))
+            longest = min(waiting, key=lambda each: (-crowd[each.client_address[0]], each.since))
             longest.deadline = NEVER  # the next one will be another
             longest.shut(socket.SHUT_RDWR)
 
@@ -1046,7 +1036,6 @@ class StrictHandler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        self.address = str(self.client_address[0]) if self.client_address else ""
         self.owed = threading.Lock()  # held while the signal log has yet to tell of a signal
         self.wait("idle", self.server.settings.timeout)
         with (server := self.server).room:
@@ -1140,7 +1129,7 @@ class StrictHandler(BaseHTTPRequestHandler):
     def render(self, answer: Answer) -> bytes:
         """An answer's bytes; at a stop the connection ends with them."""
         if self.server.settings.access_log:
-            client, size = self.address or "-", len(answer.body)
+            client, size = self.client_address[0], len(answer.body)
             log.info('%s "%s %s" %d %d', client, self.command, self.path, answer.status, size)
         self.closing = self.close_connection = self.close_connection or bool(self.server.stopping)
         return render(answer, self.closing, self.command != "HEAD", int(time.time()))
@@ -1197,7 +1186,8 @@ class SignalHandler(StrictHandler):
         fields, signal_log = self.head.fields, self.server.signal_log
         instance = self.find_instance(asked=SIGNATURE in fields)
         body = self.read_body()
-        if not instance.authenticates(body, fields[SIGNATURE]):
+        # This takes as long wherever the two differ.
+        if not hmac.compare_digest(instance.sign(body), fields[SIGNATURE]):
             raise Refusal(WRONG_SIGNATURE, "invalid signature")
         payload = body if begins_as_object(body) else instance.decrypt(body)
         parse_object(payload)
