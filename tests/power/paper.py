@@ -28,6 +28,7 @@ from liveapi_server import TRIAL, SignalLog
 liveapi_server.TRIAL_SECONDS = 0.0  # on paper the next try is as good at once
 CURRENT = "current.jsonl"
 PLENTY = 1 << 40  # bytes that are free
+FAILED = (errno.EIO, "Input/output error")
 NUMBERS = itertools.count(1)  # of inodes and descriptors
 LINE = re.compile(
     rb'\{"received_at":"[^"]{27}","instance":"([^"]+)","id":"([0-9a-f]{32})","signal":(.*)\}'
@@ -132,13 +133,8 @@ class PaperDisk:
 
     def stat(self, file: str | int) -> Any:
         inode = self._named(file) if isinstance(file, str) else self.files[file]
-        return SimpleNamespace(
-            st_dev=1,
-            st_ino=inode.number,
-            st_mode=stat.S_IFREG,
-            st_size=len(inode.seen),
-            st_mtime=inode.changed,
-        )
+        ids = {"st_dev": 1, "st_ino": inode.number, "st_mode": stat.S_IFREG}
+        return SimpleNamespace(**ids, st_size=len(inode.seen), st_mtime=inode.changed)
 
     def fstatvfs(self, _: int) -> Any:
         return SimpleNamespace(f_bavail=self.room, f_frsize=1)
@@ -149,15 +145,11 @@ class PaperDisk:
     def write(self, fd: int, data: memoryview) -> int:
         inode = self.files[fd]
         assert not inode.failed, "after an error more goes into the file"
-        try:
-            self._begin("append")
-        except OSError:
-            self.change(inode, bytes(data[: self.short]))
-            inode.failed = True
-            self.moment("an append that fails")
-            raise
-        self.change(inode, bytes(data))
+        inode.failed = self.fails("append")
+        self.change(inode, bytes(data[: self.short] if inode.failed else data))
         self.moment("append")
+        if inode.failed:
+            raise OSError(*FAILED)
         return len(data)
 
     def ftruncate(self, fd: int, size: int) -> None:
@@ -169,20 +161,18 @@ class PaperDisk:
     def fdatasync(self, fd: int) -> None:
         inode = self.files[fd]
         assert not inode.doubtful, "a failed sync is tried again on the same bytes"
-        try:
-            self._begin("sync")
-        except OSError:
-            inode.failed = True
-            inode.doubtful = len(inode.seen) > len(inode.safe)
-            if self.drops_pages:
-                lost = [bytes(len(x)) if isinstance(x, bytes) else x for x in inode.unsynced]
-                inode.unsynced = lost
-            else:
-                inode.settle()
-            self.moment("a sync that fails")
-            raise
-        inode.settle()
-        self.moment("sync")
+        if not self.fails("sync"):
+            inode.settle()
+            self.moment("sync")
+            return
+        inode.failed, inode.doubtful = True, len(inode.seen) > len(inode.safe)
+        if self.drops_pages:
+            lost = [bytes(len(x)) if isinstance(x, bytes) else x for x in inode.unsynced]
+            inode.unsynced = lost
+        else:
+            inode.settle()
+        self.moment("a sync that fails")
+        raise OSError(*FAILED)
 
     def posix_fadvise(self, fd: int, *_: int) -> None:
         inode = self.files[fd]
@@ -215,7 +205,7 @@ class PaperDisk:
 
     def _begin(self, call: str) -> None:
         if self.fails(call):
-            raise OSError(errno.EIO, "Input/output error")
+            raise OSError(*FAILED)
 
     def _named(self, path: str) -> Inode:
         name = path.rpartition("/")[2]
