@@ -304,11 +304,9 @@ KEY_BYTES = 4096  # more than any key has
 
 @dataclass(frozen=True)
 class Instance:
-    """A Live API instance: its name here, and a pair of keys that the Dashboard made for it.
-
-    The public key only names the instance. The private key, which never leaves this object, signs
-    in both directions and gives the content encryption key. There is one for each pair.
-    """
+    """A Live API instance: its name here, and a pair of keys that the Dashboard made for it. The
+    public key only names the instance. The private key, which never leaves this object, signs in
+    both directions and gives the content encryption key. There is one for each pair."""
 
     name: str
     public_key: bytes = field(repr=False)
@@ -445,10 +443,8 @@ def now_rfc3339() -> str:
 
 
 def signal_line(instance: str, identity: bytes, payload: bytes) -> bytes:
-    """The log's line for a signal: the payload as it was sent, but on one line.
-
-    In valid JSON a raw line break stands between tokens only, where a space means the same.
-    """
+    """The log's line for a signal: the payload as it was sent, but on one line. In valid JSON a
+    raw line break stands between tokens only, where a space means the same."""
     payload = payload.replace(b"\n", b" ").replace(b"\r", b" ")
     received = f'"received_at":"{now_rfc3339()}","instance":"{instance}","id":"{identity.hex()}"'
     return b'{%b,"signal":%b}\n' % (received.encode(), payload)
@@ -909,10 +905,9 @@ OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 class Server(socketserver.BaseServer):
     """A server of the framework's family, on a socket that listens already: systemd's or our own.
 
-    It has a pool of handler threads: each takes a connection, handles it to its end, and takes the
-    next one. One of them waits for a connection at any time; when it has got one and no other is
-    free, it starts one more. (A new thread for each connection costs more than a signal.)
-    """
+    Each of its threads takes a connection, handles it to its end, and takes the next one. The one
+    that takes the last free thread's connection starts one more: a new thread for each connection
+    would cost more than a signal."""
 
     tls: ssl.SSLContext | None = None
     stopping = ending = False  # each answer is a connection's last; no connection is taken
@@ -1019,11 +1014,9 @@ class Server(socketserver.BaseServer):
 
 
 class StrictHandler(BaseHTTPRequestHandler):
-    """A connection of either listener, in a thread of its own.
-
-    As with the framework's handler, a subclass has do_GET() and so on; they read the request's
-    body by read_body() and give their answer to answer(), or raise Refusal.
-    """
+    """A connection of either listener, in a thread of its own. As with the framework's handler, a
+    subclass has do_GET() and so on, which read the request's body by read_body() and give their
+    answer to answer(), or raise Refusal."""
 
     server: Server
     request: socket.socket
@@ -1045,10 +1038,7 @@ class StrictHandler(BaseHTTPRequestHandler):
             server.handlers.add(self)
 
     def wait(self, state: str, seconds: float) -> None:
-        """Say what is waited for: a request when idle, the rest of it, or something else.
-
-        The housekeeper may see the one without the other: it shuts what is late all the same.
-        """
+        """Say what is waited for: a request when idle, the rest of it, or something else."""
         self.state, self.since = state, time.monotonic()
         self.deadline = self.since + seconds
 
@@ -1208,12 +1198,9 @@ class SignalHandler(StrictHandler):
             self.answer(ACCEPTED if known else CANNOT_STORE)
 
     def answered(self, stored: bool) -> None:
-        """Send the answer, in the thread that has committed: cheaper than to wake this one.
-
-        This one is back in its read, so under TLS it has to send it itself: an SSL object may not
-        be read and written at once. A client that does not take its answer is shut out, rather
-        than to have the others wait.
-        """
+        """Send the answer, in the thread that has committed: cheaper than to wake this one. Under
+        TLS this one does: an SSL object may not be read and written at once. A client that does
+        not take its answer is shut out, rather than to have the others wait."""
         self.outcome = ACCEPTED if stored else CANNOT_STORE
         if not isinstance(self.request, ssl.SSLSocket):
             data = self.render(self.outcome)
