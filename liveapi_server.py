@@ -169,10 +169,23 @@ def read_head(file: io.BufferedIOBase) -> Head:
     line = file.readline(REQUEST_LINE_BYTES)
     if line == b"\r\n":  # RFC 9112 section 2.2
         line = file.readline(REQUEST_LINE_BYTES)
-    method, path, query, minor = parse_request_line(line)
+    method, path, query, old = parse_request_line(line)
     fields = read_fields(file)
-    framing = parse_framing(minor, fields.get(b"connection"), *map(fields.get, FRAMING_FIELDS))
-    return Head(method, path, query, fields, *framing)
+    host, coding, length, expect = map(fields.get, FRAMING_FIELDS)
+    if not (HOST.fullmatch(host or b"") or (old and host is None)):  # RFC 9112 section 3.2
+        raise Refusal(400, "missing or malformed Host field")
+    # RFC 9112 section 6.1: the classic way to smuggle a request
+    if coding is not None and (old or length is not None or coding.lower() != b"chunked"):
+        raise Refusal(400, "ambiguous or unknown transfer coding")
+    if length is not None and not LENGTH.fullmatch(length):
+        raise Refusal(400, "malformed Content-Length")
+    expect = None if old else expect  # RFC 9110 section 10.1.1
+    if expect is not None and expect.lower() != b"100-continue":
+        raise Refusal(417, "unknown expectation")
+    options = fields.get(b"connection", b"").lower().translate(None, b" \t").split(b",")
+    close = b"close" in options or (old and b"keep-alive" not in options)
+    size = None if coding else int(length or 0)
+    return Head(method, path, query, fields, size, close, expect is not None)
 
 
 def read_fields(file: io.BufferedIOBase) -> dict[bytes, bytes]:
@@ -194,8 +207,8 @@ def read_fields(file: io.BufferedIOBase) -> dict[bytes, bytes]:
 
 
 @functools.lru_cache(maxsize=32)
-def parse_request_line(line: bytes) -> tuple[str, str, str, bytes]:
-    """Method, path, query, and HTTP's minor version."""
+def parse_request_line(line: bytes) -> tuple[str, str, str, bool]:
+    """Method, path, query, and whether it is HTTP/1.0."""
     match = REQUEST_LINE.fullmatch(line)
     if len(line) >= REQUEST_LINE_BYTES or (match and len(match[2]) > TARGET_BYTES):
         raise Refusal(414, "target too long")
@@ -205,11 +218,12 @@ def parse_request_line(line: bytes) -> tuple[str, str, str, bytes]:
     if major != b"1":
         raise Refusal(505, "HTTP version not supported")
     if (method, target) == (b"OPTIONS", b"*") or (method == b"CONNECT" and HOST.fullmatch(target)):
-        return method.decode(), target.decode(), "", minor
+        return method.decode(), target.decode(), "", minor == b"0"
     match = TARGET.fullmatch(target)
     if not match:
         raise Refusal(400, "malformed target")
-    return method.decode(), (match[1] or b"/").decode(), (match[2] or b"").decode(), minor
+    path, query = (match[1] or b"/").decode(), (match[2] or b"").decode()
+    return method.decode(), path, query, minor == b"0"
 
 
 @functools.lru_cache(maxsize=256)  # the next head has most of its lines in common with this one
@@ -218,26 +232,6 @@ def parse_field(line: bytes) -> tuple[bytes, bytes]:
     if not match:
         raise Refusal(400, "malformed header field") if line.endswith(b"\n") else EOFError
     return match[1].lower(), match[2].strip(b" \t")
-
-
-@functools.lru_cache(maxsize=32)
-def parse_framing(minor: bytes, *values: bytes | None) -> tuple[int | None, bool, bool]:
-    """Body length, close and Expect: what Head has of them, from the fields that say so."""
-    connection, host, coding, length, expect = values
-    old = minor == b"0"
-    if not (HOST.fullmatch(host or b"") or (old and host is None)):  # RFC 9112 section 3.2
-        raise Refusal(400, "missing or malformed Host field")
-    # RFC 9112 section 6.1: the classic way to smuggle a request
-    if coding is not None and (old or length is not None or coding.lower() != b"chunked"):
-        raise Refusal(400, "ambiguous or unknown transfer coding")
-    if length is not None and not LENGTH.fullmatch(length):
-        raise Refusal(400, "malformed Content-Length")
-    expect = None if old else expect  # RFC 9110 section 10.1.1
-    if expect is not None and expect.lower() != b"100-continue":
-        raise Refusal(417, "unknown expectation")
-    options = (connection or b"").lower().translate(None, b" \t").split(b",")
-    close = b"close" in options or (old and b"keep-alive" not in options)
-    return None if coding else int(length or 0), close, expect is not None
 
 
 def read_body(file: io.BufferedIOBase, head: Head, max_body: int) -> bytes:
@@ -321,6 +315,10 @@ class Instance:
         mac = self._keyed_mac.copy()  # cheaper than keying it anew
         mac.update(message)
         return base64.b64encode(mac.digest())
+
+    def authenticates(self, body: bytes, signature: bytes) -> bool:
+        """Whether `signature` is the body's; takes as long wherever the two differ."""
+        return hmac.compare_digest(self.sign(body), signature)
 
     def _content_key(self) -> AESGCM:
         derive = HKDF(SHA256(), 32, salt=self.public_key, info=b"liveapi-jwe-A256GCM")  # RFC 5869
@@ -1176,8 +1174,7 @@ class SignalHandler(StrictHandler):
         fields, signal_log = self.head.fields, self.server.signal_log
         instance = self.find_instance(asked=SIGNATURE in fields)
         body = self.read_body()
-        # This takes as long wherever the two differ.
-        if not hmac.compare_digest(instance.sign(body), fields[SIGNATURE]):
+        if not instance.authenticates(body, fields[SIGNATURE]):
             raise Refusal(WRONG_SIGNATURE, "invalid signature")
         payload = body if begins_as_object(body) else instance.decrypt(body)
         parse_object(payload)
