@@ -4,12 +4,11 @@
 
 Needs root and Debian's linux-perf. A share is of the samples in the receiver's threads; what the
 kernel does is told by system call. Calls are counted by the kernel's tracepoints, which slow the
-receiver far less than strace would. BENCH_PROGRAM names another liveapi_server.py.
+receiver far less than strace would.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
@@ -22,14 +21,12 @@ from pathlib import Path
 import environment
 import report
 from harness import Pair
-from pool import FASTEST, Pool
-from servers import PROGRAM, Running, receiver, running
-from wrk import SCENARIOS, Measured, fire
+from servers import Running, receiver, running
+from wrk import SCENARIOS, Measured, Pool, fire
 
 SECONDS = 2
 CALLS = "futex fdatasync write recvfrom sendto accept4 shutdown close poll epoll_wait".split()
 CALLS += "newfstatat fstatfs statfs clock_nanosleep".split()
-CRYPTO = ("libcrypto", "_hashlib")
 TRACEPOINTS = {"all system calls": "raw_syscalls:sys_enter"} | {
     call: f"syscalls:sys_enter_{call}" for call in CALLS
 }
@@ -53,33 +50,29 @@ def watched(
 
 def shares(data: Path) -> Counter[str]:
     """How many samples fell into each system call, the interpreter and the cryptography."""
-    script = ["perf", "script", "-i", str(data), "-F", "ip,sym,dso"]
     found: Counter[str] = Counter()
-    for stack in environment.run(*script).split("\n\n"):
-        frames = stack.strip().splitlines()
-        calls = [call for call in CALLS if re.search(rf"sys_{call}\b", stack)]
-        if not frames:
-            continue
-        if "[kernel" in frames[0]:
+    script = environment.run("perf", "script", "-i", data, "-F", "ip,sym,dso")
+    for stack in filter(None, map(str.strip, script.split("\n\n"))):
+        innermost = stack.partition("\n")[0]
+        if "[kernel" in innermost:
+            calls = [call for call in CALLS if re.search(rf"sys_{call}\b", stack)]
             found[calls[0] if calls else "the rest of the kernel"] += 1
         else:
-            found["cryptography" if any(each in frames[0] for each in CRYPTO) else "Python"] += 1
+            is_crypto = "libcrypto" in innermost or "_hashlib" in innermost
+            found["cryptography" if is_crypto else "Python"] += 1
     return found
 
 
-def profile(scenario: str, work: Path, pair: Pair, pool: Pool) -> dict[str, str]:
+def profile(scenario: str, work: Path, pool: Pool) -> dict[str, str]:
     """A column of the table: where the time goes, then what is counted for each signal."""
-    program = Path(os.environ.get("BENCH_PROGRAM", PROGRAM)).resolve()
-    server = receiver(environment.receiver_python(sys.executable), program=program)
     data = work / "perf.data"
     record = ["record", "-q", "-g", "-e", "cpu-clock", "-F", "4000", "-o", str(data)]
-    events = ",".join(TRACEPOINTS.values())
-    with running(server, work / scenario, [pair]) as started:
+    count = ["stat", "-x", ",", "-e", ",".join(TRACEPOINTS.values())]
+    with running(receiver(sys.executable), work / scenario, pool.pairs) as started:
         taken = fire(started, pool, 0, scenario, 1).taken
         _, sampled = watched(record, started, pool, taken, scenario)
-        taken += sampled.taken
         slept = started.wake_ups()
-        said, counted = watched(["stat", "-x", ",", "-e", events], started, pool, taken, scenario)
+        said, counted = watched(count, started, pool, taken + sampled.taken, scenario)
         slept = started.wake_ups() - slept
     found = shares(data)
     counts = {line.split(",")[2]: line.split(",")[0] for line in said.splitlines() if "," in line}
@@ -95,18 +88,17 @@ def profile(scenario: str, work: Path, pair: Pair, pool: Pool) -> dict[str, str]
 
 
 def main() -> None:
-    environment.need_programs({"perf"})
+    environment.need("perf")
     environment.prepare({"receiver"})
     scenarios = sys.argv[1:] or ["1", "16", "64"]
     with tempfile.TemporaryDirectory(prefix="profile-", dir=environment.CACHE) as name:
-        work, pair = Path(name), Pair("bench")
-        pool = Pool.make(work / "pool", [pair], FASTEST * (2 * SECONDS + 1))
-        columns = [profile(scenario, work, pair, pool) for scenario in scenarios]
+        work = Path(name)
+        pool = Pool.make(work / "pool", [Pair("bench")], 2 * SECONDS + 1)
+        columns = [profile(scenario, work, pool) for scenario in scenarios]
     rows = ([name, *(column[name] for column in columns)] for name in columns[0])
-    shown = (row for row in rows if any(row[1:]))
-    heads = ["share of the processor time · calls for a signal"]
-    heads += [SCENARIOS[each] for each in scenarios]
-    print("\n".join(report.table(heads, shown)))
+    head = ["share of the processor time · calls for a signal"]
+    head += [SCENARIOS[each] for each in scenarios]
+    print("\n".join(report.table(head, (row for row in rows if any(row[1:])))))
 
 
 if __name__ == "__main__":

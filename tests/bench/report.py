@@ -3,45 +3,35 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
-from footprint import IDLE_CONNECTIONS, IDLE_SECONDS, INSTANCES, MAX_CONNECTIONS
-from wrk import SCENARIOS
+from wrk import INSTANCES, SCENARIOS, Measured
 
+Runs = list[Measured]  # one for each round
+Rates = dict[str, dict[str, Runs]]  # by server, by scenario
 Result = dict[str, Any]
-Goal = tuple[str, float, float, float]  # what, at least (or most), the aim, measured
 
 # How many times a peer's rate the receiver's has to be at least, and is meant to be.
 RATE_GOALS = {
-    "fastapi": {"16": (1.5, 2.0), "64": (1.5, 2.0)},
-    "fastapi-sync": {"1": (1.0, 1.5), "16": (3.0, 5.0), "64": (3.0, 5.0)},
-    "flask": {"1": (1.0, 1.5), "16": (5.0, 8.0), "64": (5.0, 8.0)},
-    "express": {"16": (1.5, 3.0), "64": (1.5, 3.0)},
+    "fastapi": {"16": (1.5, 2.0), "16new": (1.2, 2.0), "64": (1.5, 2.0)},
+    "fastapi-sync": {"1": (1.0, 1.5), "16": (3.0, 5.0), "16new": (1.2, 2.0), "64": (3.0, 5.0)},
+    "flask": {"1": (1.0, 1.5), "16": (5.0, 8.0), "16new": (1.2, 2.0), "64": (5.0, 8.0)},
+    "express": {"16": (1.5, 3.0), "16new": (1.2, 2.0), "64": (1.5, 3.0)},
     "go": {"16": (0.6, 1.0), "64": (0.6, 1.0)},
 }
-NEW_CONNECTIONS_GOAL = (1.2, 2.0)  # beside every Python and Node peer
-INTERPRETED = ("python", "node")
+INTERPRETED = ("fastapi", "fastapi-sync", "flask", "express")
 SHORT = {"1": "1 connection", "16": "16", "64": "64", "16new": "16, new each"}
 
 
-def figures(result: Result, server: str, scenario: str, what: str) -> list[float]:
-    """One figure of a server, for each round."""
-    return [each[server][scenario][what] for each in result["rounds"]]
+def median(runs: Runs, what: str) -> float:
+    return float(statistics.median(getattr(run, what) for run in runs))
 
 
-def median(result: Result, server: str, scenario: str, what: str) -> float:
-    return statistics.median(figures(result, server, scenario, what))
-
-
-def beside(ours: list[float], theirs: list[float]) -> float:
-    """The ratio within each round, so that a slow minute of the disk hits both."""
-    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-
-
-def ratio(result: Result, server: str, scenario: str, what: str = "rate") -> float:
-    ours = figures(result, "receiver", scenario, what)
-    return beside(ours, figures(result, server, scenario, what))
+def ratio(ours: Runs, theirs: Runs, what: str = "rate") -> float:
+    """Taken within each round, so that a slow minute of the disk hits both."""
+    rounds = zip(ours, theirs, strict=True)
+    return float(statistics.median(getattr(a, what) / getattr(b, what) for a, b in rounds))
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
@@ -51,110 +41,101 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in (head, rule, *rows)] + [""]
 
 
+def rate_and_spread(runs: Runs) -> list[str]:
+    rates = [run.rate for run in runs]
+    return [f"{statistics.median(rates):,.0f}", f"{min(rates):,.0f} to {max(rates):,.0f}"]
+
+
+def beside(rates: Rates, name: str, scenario: str, form: str = "{:.2f}") -> str:
+    """How many times this server's rate the receiver's is."""
+    if name == "receiver":
+        return ""
+    return form.format(ratio(rates["receiver"][scenario], rates[name][scenario]))
+
+
 def readme_table(result: Result) -> list[str]:
     """A row for each server: rates, in brackets the receiver's beside it, and what it costs."""
-    under_load = [each for each in ("16", "64") if each in result["connections"]]
-    busy = (under_load or result["connections"])[0]
-
-    def row(name: str, title: str) -> Iterator[str]:
-        yield title
-        for scenario in result["connections"]:
-            rate = f"{median(result, name, scenario, 'rate'):,.0f}"
-            ours = "" if name == "receiver" else f" ({ratio(result, name, scenario):.2f})"
-            yield rate + ours
-        for scenario in under_load:
-            yield f"{median(result, name, scenario, 'p99_ms'):.1f}"
-        yield f"{median(result, name, busy, 'cpu_us'):.0f}"
-        yield f"{median(result, name, result['connections'][-1], 'resident_mib'):.0f}"
-
-    head = ["signals/s (receiver ÷ this)", *(SHORT[each] for each in result["connections"])]
+    rates: Rates = result["rates"]
+    scenarios = list(rates["receiver"])
+    under_load = [each for each in ("16", "64") if each in scenarios]
+    busy = (under_load or scenarios)[0]
+    head = ["signals/s (receiver ÷ this)", *(SHORT[each] for each in scenarios)]
     head += [f"p99 ms, {each}" for each in under_load]
     head += [f"CPU µs/signal, {busy}", "MiB"]
-    return table(head, (row(name, title) for name, title in result["titles"].items()))
+    rows = []
+    for name, found in rates.items():
+        row = [result["servers"][name].title]
+        row += [
+            f"{median(runs, 'rate'):,.0f}" + beside(rates, name, scenario, " ({:.2f})")
+            for scenario, runs in found.items()
+        ]
+        row += [f"{median(found[each], 'p99_ms'):.1f}" for each in under_load]
+        row += [f"{median(found[busy], 'cpu_us'):.0f}"]
+        row += [f"{median(found[scenarios[-1]], 'resident_mib'):.0f}"]
+        rows.append(row)
+    return table(head, rows)
 
 
 def scenario_table(result: Result, scenario: str) -> list[str]:
-    def row(name: str, title: str) -> Iterator[str]:
-        rates = figures(result, name, scenario, "rate")
-        yield title
-        yield f"{statistics.median(rates):,.0f}"
-        yield f"{min(rates):,.0f} to {max(rates):,.0f}"
-        yield "" if name == "receiver" else f"{ratio(result, name, scenario):.2f}"
-        for what, form in (("p50_ms", ".2f"), ("p99_ms", ".2f"), ("cpu_us", ".0f")):
-            yield f"{median(result, name, scenario, what):{form}}"
-        yield f"{median(result, name, scenario, 'resident_mib'):.0f}"
-
-    head = ("", "signals/s", "spread", "receiver ÷ this", "p50 ms", "p99 ms", "CPU µs/signal")
-    rows = (row(name, title) for name, title in result["titles"].items())
-    return [f"### {SCENARIOS[scenario]}", "", *table((*head, "MiB"), rows)]
-
-
-def instances_table(result: Result) -> list[str]:
-    rates = {key: [run["rate"] for run in runs] for key, runs in result["instances"].items()}
-
-    def row(key: str) -> Iterator[str]:
-        yield "one instance" if key == "1" else f"{key} instances, signals for all in turn"
-        yield f"{statistics.median(rates[key]):,.0f}"
-        yield f"{min(rates[key]):,.0f} to {max(rates[key]):,.0f}"
-        yield f"{beside(rates[key], rates['1']):.2f}"
-
-    head = ("the receiver, 16 connections", "signals/s", "spread", "÷ the first")
-    return table(head, map(row, rates))
+    columns = {
+        "p50 ms": ("p50_ms", ".2f"),
+        "p99 ms": ("p99_ms", ".2f"),
+        "CPU µs/signal": ("cpu_us", ".0f"),
+        "MiB": ("resident_mib", ".0f"),
+    }
+    rows = []
+    for name, found in result["rates"].items():
+        runs = found[scenario]
+        row = [result["servers"][name].title, *rate_and_spread(runs)]
+        row += [beside(result["rates"], name, scenario)]
+        row += [f"{median(runs, what):{form}}" for what, form in columns.values()]
+        rows.append(row)
+    return table(["", "signals/s", "spread", "receiver ÷ this", *columns], rows)
 
 
-FOOTPRINT = {
-    "start_seconds": "seconds from a cold start to the first answer",
-    "start_full_seconds": "seconds with a full dedupe window to learn from the log",
-    "idle_mib": "MiB of memory, idle",
-    "full_mib": f"MiB of memory, {MAX_CONNECTIONS} connections and a full dedupe window",
-    "idle_cpu_ms": f"ms of CPU in {IDLE_SECONDS} idle seconds, {IDLE_CONNECTIONS} connections open",
-    "idle_wake_ups": "times that a thread woke in these seconds",
-    "line_bytes": "bytes in the log for a signal of 500 bytes",
-}
-
-
-def at_least(result: Result) -> Iterator[Goal]:
-    if "rounds" in result:
-        for name, kind in result["kinds"].items():
-            goals = dict(RATE_GOALS.get(name, {}))
-            if kind in INTERPRETED:
-                goals["16new"] = NEW_CONNECTIONS_GOAL
-            for scenario in sorted(goals.keys() & set(result["connections"])):
-                what = f"rate ÷ {result['titles'][name]}: {SCENARIOS[scenario]}"
-                yield what, *goals[scenario], ratio(result, name, scenario)
-    if "instances" in result:
-        one, many = ([run["rate"] for run in runs] for runs in result["instances"].values())
-        yield f"{INSTANCES} instances in turn ÷ one", 0.9, 1.0, beside(many, one)
-
-
-def at_most(result: Result) -> Iterator[Goal]:
-    if "rounds" in result:
-        peers = [name for name, kind in result["kinds"].items() if kind in INTERPRETED]
-        for scenario in ("16", "64") if peers else ():
-            if scenario not in result["connections"]:
-                continue
-            best = min(median(result, name, scenario, "p99_ms") for name in peers)
-            ours = median(result, "receiver", scenario, "p99_ms")
-            yield f"p99 ms, the best Python or Node peer's: {SCENARIOS[scenario]}", best, best, ours
-        if "fastapi" in peers and "16" in result["connections"]:
-            found = ratio(result, "fastapi", "16", "cpu_us")
-            yield "CPU per signal ÷ FastAPI's: 16 connections", 0.5, 0.5, found
-    if "footprint" in result:
-        limits = {"start_seconds": 0.2, "idle_mib": 40, "full_mib": 80, "idle_cpu_ms": 5}
-        for key, limit in limits.items():
-            yield FOOTPRINT[key], limit, limit, result["footprint"][key]
+def instances_table(rates: Rates) -> list[str]:
+    head = ["the receiver, 16 connections", "signals/s", "spread", "÷ the first"]
+    series = {title: found["16"] for title, found in rates.items()}
+    first = next(iter(series.values()))
+    rows = (
+        [title, *rate_and_spread(runs), f"{ratio(runs, first):.2f}"]
+        for title, runs in series.items()
+    )
+    return table(head, rows)
 
 
 def goals_table(result: Result) -> list[str]:
-    def row(what: str, limit: float, aim: float, found: float, sign: int) -> list[str]:
-        met, reached = (sign * found >= sign * bound for bound in (limit, aim))
-        verdict = "the aim" if reached else "yes" if met else "**no**"
-        goal = f"{'at least' if sign > 0 else 'at most'} {limit:.3g}"
-        return [what, goal, f"{aim:.3g}", f"{found:.3g}", verdict]
+    rows = []
 
-    rows = [row(*goal, 1) for goal in at_least(result)]
-    rows += [row(*goal, -1) for goal in at_most(result)]
-    return table(("", "goal", "aim", "measured", "met"), rows)
+    def goal(what: str, found: float, limit: float, aim: float, *, at_most: bool = False) -> None:
+        met, reached = (found <= b if at_most else found >= b for b in (limit, aim))
+        verdict = "the aim" if reached else "yes" if met else "**no**"
+        bound = f"{'at most' if at_most else 'at least'} {limit:.3g}"
+        rows.append([what, bound, f"{aim:.3g}", f"{found:.3g}", verdict])
+
+    rates: Rates = result.get("rates", {})
+    ours = rates.get("receiver", {})
+    for name, goals in RATE_GOALS.items():
+        for scenario, (limit, aim) in goals.items():
+            if name in rates and scenario in ours:
+                what = f"rate ÷ {result['servers'][name].title}: {SCENARIOS[scenario]}"
+                goal(what, ratio(ours[scenario], rates[name][scenario]), limit, aim)
+    if "instances" in result:
+        one, many = (found["16"] for found in result["instances"].values())
+        goal(f"{INSTANCES} instances in turn ÷ one", ratio(many, one), 0.9, 1.0)
+    peers = [found for name, found in rates.items() if name in INTERPRETED]
+    for scenario in ("16", "64"):
+        if peers and scenario in ours:
+            best = min(median(found[scenario], "p99_ms") for found in peers)
+            what = f"p99 ms, the best Python or Node peer's: {SCENARIOS[scenario]}"
+            goal(what, median(ours[scenario], "p99_ms"), best, best, at_most=True)
+    if "fastapi" in rates and "16" in ours:
+        found = ratio(ours["16"], rates["fastapi"]["16"], "cpu_us")
+        goal("CPU per signal ÷ FastAPI's: 16 connections", found, 0.5, 0.5, at_most=True)
+    for what, (figure, limit) in result.get("footprint", {}).items():
+        if limit is not None:
+            goal(what, figure, limit, limit, at_most=True)
+    return table(["", "goal", "aim", "measured", "met"], rows)
 
 
 def header(result: Result) -> list[str]:
@@ -166,32 +147,27 @@ def header(result: Result) -> list[str]:
         "each. Medians; the spread is from lowest to highest; ratios are taken within a round.",
         f"The receiver runs on {result['receiver']}. Peers: {result['versions'] or 'none'}.",
     ]
-    if "rounds" in result:
-        syncs = ", ".join(f"{each['sync_ms']:.2f}" for each in result["rounds"])
+    if "rates" in result:
+        syncs = ", ".join(f"{each:.2f}" for each in result["sync_ms"])
         lines.append(f"A write and an fdatasync by themselves, by round: {syncs} ms.")
-        others = [
-            statistics.median(
-                run["others"] for name in result["titles"] for run in each[name].values()
-            )
-            for each in result["rounds"]
-        ]
-        busy = ", ".join(f"{each:.2f}" for each in others)
+        series = [runs for found in result["rates"].values() for runs in found.values()]
+        by_round = zip(*series, strict=True)
+        busy = ", ".join(f"{median(list(runs), 'others'):.2f}" for runs in by_round)
         lines.append(f"Cores that other processes kept busy meanwhile, median by round: {busy}.")
     return ["\n".join(lines), ""]
 
 
 def markdown(result: Result) -> str:
     lines = []
-    if "rounds" in result:
+    if "rates" in result:
         lines += ["## For the README", "", *readme_table(result)]
     lines += ["## In full", "", *header(result)]
-    if "rounds" in result:
-        for scenario in result["connections"]:
-            lines += scenario_table(result, scenario)
+    for scenario in result.get("rates", {}).get("receiver", {}):
+        lines += [f"### {SCENARIOS[scenario]}", "", *scenario_table(result, scenario)]
     if "instances" in result:
-        lines += ["### Many instances", "", *instances_table(result)]
+        lines += ["### Many instances", "", *instances_table(result["instances"])]
     if "footprint" in result:
-        rows = ([title, f"{result['footprint'][key]:.3g}"] for key, title in FOOTPRINT.items())
-        lines += ["### Start, memory, idle time, disk", "", *table(("", "measured"), rows)]
+        rows = ([what, f"{figure:.3g}"] for what, (figure, _) in result["footprint"].items())
+        lines += ["### Start, memory, idle time, disk", "", *table(["", "measured"], rows)]
     lines += ["### Goals", "", *goals_table(result)]
     return "\n".join(lines)

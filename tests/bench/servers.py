@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import http.client
 import os
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
 import environment
-from harness import Pair, free_ports
-
-PROGRAM = environment.HERE.parent.parent / "liveapi_server.py"
-READY_WITHIN = 20.0
+from harness import PROGRAM, Pair, eventually, free_ports
 
 
 @dataclass(frozen=True)
@@ -30,27 +27,24 @@ class Server:
     stores: bool = True
 
 
-def receiver(python: Path, title: str = "the receiver", program: Path = PROGRAM) -> Server:
-    command = (str(python), str(program), "--keys", "keys", "--signals", "signals")
-    return Server(title, "receiver", (*command, "--port", "{port}"))
+def receiver(python: str, title: str = "the receiver", program: Path = PROGRAM) -> Server:
+    options = "--keys keys --signals signals --port {port}"
+    return Server(title, "receiver", (python, str(program), *options.split()))
 
 
-def _python_peer(title: str, *command: str, **env: str) -> Server:
-    return Server(title, "python", (str(environment.PEERS_PYTHON), "-m", *command), env)
+def _python_peer(title: str, words: str, sync: str = "yes") -> Server:
+    command = (str(environment.PEERS_PYTHON), "-m", *words.split())
+    return Server(title, "python", command, {"BENCH_SYNC": sync})
 
 
-_UVICORN = ("uvicorn", "fastapi_app:app", "--port", "{port}", "--http", "httptools")
-_UVICORN = (*_UVICORN, "--loop", "uvloop", "--no-access-log")
-_GUNICORN = ("gunicorn", "flask_app:app", "--bind", "127.0.0.1:{port}", "--workers=1")
-_GUNICORN = (*_GUNICORN, "--worker-class=gthread", "--threads=16")
+_UVICORN = "uvicorn fastapi_app:app --port {port} --http httptools --loop uvloop --no-access-log"
+_GUNICORN = "gunicorn flask_app:app --bind 127.0.0.1:{port} --workers=1 --worker-class=gthread"
 
 # Each is one process, as the receiver is. The names are those that --peers takes.
 PEERS = {
-    "fastapi": _python_peer("FastAPI on uvicorn, no sync", *_UVICORN, BENCH_SYNC="no"),
-    "fastapi-sync": _python_peer(
-        "FastAPI on uvicorn, a sync for each line", *_UVICORN, BENCH_SYNC="yes"
-    ),
-    "flask": _python_peer("Flask on gunicorn, a sync for each line", *_GUNICORN),
+    "fastapi": _python_peer("FastAPI on uvicorn, no sync", _UVICORN, sync="no"),
+    "fastapi-sync": _python_peer("FastAPI on uvicorn, a sync for each line", _UVICORN),
+    "flask": _python_peer("Flask on gunicorn, a sync for each line", _GUNICORN + " --threads=16"),
     "express": Server(
         "Express with the vendor's SDK, stores nothing",
         "node",
@@ -66,54 +60,28 @@ PEERS = {
 }
 
 
+@dataclass
 class Running:
     """A server that answers; every figure covers its whole session of processes."""
 
-    def __init__(self, server: Server, directory: Path, pair: Pair) -> None:
-        [self.port] = free_ports(1)
-        self.server = server
-        env = {
-            "BENCH_PUBLIC": pair.public,
-            "BENCH_PRIVATE": pair.private,
-            "BENCH_LOG": str(directory / "signals/current.jsonl"),
-            "NODE_PATH": str(environment.NODE_MODULES),
-            "NODE_ENV": "production",
-            "PYTHONPATH": str(environment.PEERS),
-            "PYTHONDONTWRITEBYTECODE": "1",
-        }
-        (directory / "signals").mkdir(parents=True, exist_ok=True)
-        self.output = directory / "output"
-        started = time.perf_counter()
-        with self.output.open("ab") as output:
-            self.process = subprocess.Popen(
-                [part.format(port=self.port) for part in server.command],
-                cwd=directory,
-                env={**os.environ, **env, **server.env},
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
-        try:
-            self._wait_until_ready(started + READY_WITHIN)
-        except BaseException:
-            self.stop()
-            raise
-        self.ready_seconds = time.perf_counter() - started
+    server: Server
+    output: Path
+    port: int
+    process: subprocess.Popen[bytes]
+    ready_seconds: float = 0
 
-    def _wait_until_ready(self, deadline: float) -> None:
-        """Until GET /status is a 200, which every one of them knows."""
-        while True:
-            with suppress(OSError, http.client.HTTPException):
-                connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
-                connection.request("GET", "/status", headers={"connection": "close"})
-                status = connection.getresponse().status
-                connection.close()
-                if status == 200:
-                    return
-            if self.process.poll() is not None or time.perf_counter() > deadline:
-                said = self.output.read_text(errors="replace")
-                raise SystemExit(f"{self.server.title} does not start:\n{said}")
-            time.sleep(0.002)
+    def answers(self) -> bool:
+        """Whether GET /status, which every one of them knows, gets a 200."""
+        if self.process.poll() is not None:
+            said = self.output.read_text(errors="replace")
+            raise SystemExit(f"{self.server.title} does not start:\n{said}")
+        with (
+            suppress(OSError, HTTPException),
+            closing(HTTPConnection("127.0.0.1", self.port, timeout=5)) as connection,
+        ):
+            connection.request("GET", "/status", headers={"connection": "close"})
+            return connection.getresponse().status == 200
+        return False
 
     def _processes(self) -> Iterator[Path]:
         """The /proc directories of the session's processes."""
@@ -143,23 +111,42 @@ class Running:
         """How often its threads have gone to sleep and been woken so far."""
         return self._status("task/*/status", "voluntary_ctxt_switches")
 
-    def stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(15)
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
 
 @contextmanager
 def running(server: Server, directory: Path, pairs: list[Pair]) -> Iterator[Running]:
     """The server with these key pairs (a peer knows only the first), stopped at the end."""
     for pair in pairs:
         pair.write(directory / "keys")
-    started = Running(server, directory, pairs[0])
+    (directory / "signals").mkdir(exist_ok=True)
+    [port] = free_ports(1)
+    env = {
+        "BENCH_PUBLIC": pairs[0].public,
+        "BENCH_PRIVATE": pairs[0].private,
+        "BENCH_LOG": str(directory / "signals/current.jsonl"),
+        "NODE_PATH": str(environment.NODE_MODULES),
+        "NODE_ENV": "production",
+        "PYTHONPATH": str(environment.PEERS),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    began, path = time.perf_counter(), directory / "output"
+    with path.open("ab") as output:
+        process = subprocess.Popen(
+            [part.format(port=port) for part in server.command],
+            cwd=directory,
+            env={**os.environ, **env, **server.env},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
     try:
+        started = Running(server, path, port, process)
+        eventually(started.answers, 20, every=0.002)
+        started.ready_seconds = time.perf_counter() - began
         yield started
     finally:
-        started.stop()
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(15)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

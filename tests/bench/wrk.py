@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 import resource
-import socket
+import secrets
 import statistics
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import environment
-from harness import payload_id
-from pool import SIZES, Pool
+from harness import Pair, payload_id
 from servers import Running
+from wire import Wire, request_bytes
 
 SCENARIOS = {
     "1": "1 connection",
@@ -23,6 +25,41 @@ SCENARIOS = {
     "64": "64 connections",
     "16new": "16 connections, a new one for each signal",
 }
+INSTANCES = 50  # the most that share a pool
+FASTEST = 60_000  # signals per second that a pool must last for: no server here takes more
+
+SIZES = (64, 44, 500)  # of a public key, a signature and a signal, in bytes
+TEMPLATE = (
+    '{"service":"My Service","type":"re.notifica.event.notification.Open","data":{"id":"%s",'
+    '"deviceID":"%s","userID":"user%08d@example.com","sessionID":"%s","notification":"%s",'
+    '"data":{"campaign":"%s"}},"timestamp":%d}'
+)
+
+
+def body(number: int) -> bytes:
+    """A unique signal; all are of the same size."""
+    unique = secrets.token_hex(56)
+    fields = (unique[:24], unique[24:56], number, unique[56:88], unique[88:112])
+    timestamp = 1_700_000_000_000 + number
+    filler = "x" * (SIZES[-1] - len(TEMPLATE % (*fields, "", timestamp)))
+    return (TEMPLATE % (*fields, filler, timestamp)).encode()
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Signals made and signed before the measuring starts, in a file that post.lua reads."""
+
+    path: Path
+    pairs: list[Pair]  # the signals go to them in turn
+
+    @classmethod
+    def make(cls, path: Path, pairs: list[Pair], seconds: int) -> Pool:
+        """As many as any server takes in these seconds."""
+        with path.open("wb") as out:
+            for number in range(FASTEST * seconds):
+                pair, signal = pairs[number % len(pairs)], body(number)
+                out.write(pair.public.encode() + pair.sign(signal).encode() + signal)
+        return cls(path, pairs)
 
 
 @dataclass(frozen=True)
@@ -58,7 +95,7 @@ def fire(server: Running, pool: Pool, first: int, scenario: str, seconds: int) -
     command += [f"http://127.0.0.1:{server.port}/live", "--", str(pool.path), str(first)]
     command += [*map(str, SIZES), "close" if scenario.endswith("new") else "keep"]
     cpu, machine, wrk = server.cpu_seconds(), _machine_seconds(), _children_seconds()
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     cpu = server.cpu_seconds() - cpu
     machine, wrk = _machine_seconds() - machine, _children_seconds() - wrk
     _, found, result = done.stdout.partition("BENCH ")
@@ -102,40 +139,31 @@ def check_log(signals: Path, runs: list[Measured]) -> None:
         )
 
 
-def open_idle(port: int, requests: list[bytes]) -> list[socket.socket]:
-    """A persistent connection for each request, left open after its 200."""
-    connections = []
-    for request in requests:
-        connection = socket.create_connection(("127.0.0.1", port), timeout=10)
-        connection.sendall(request)
-        if b" 200 " not in connection.recv(4096).partition(b"\r\n")[0]:
-            raise SystemExit("a request on an idle connection did not get a 200")
-        connections.append(connection)
-    return connections
-
-
-def close_idle(connections: list[socket.socket]) -> None:
-    """SystemExit if the server has closed one before."""
-    for connection in connections:
-        connection.setblocking(False)
-        try:
-            connection.recv(1)
-        except BlockingIOError:
-            connection.close()
-        else:
-            raise SystemExit("an idle connection did not stay open")
+@contextmanager
+def held_open(port: int, requests: list[bytes]) -> Iterator[None]:
+    """A persistent connection for each request, which gets a 200 before and after."""
+    with ExitStack() as stack:
+        wires = []
+        for request in requests:
+            wires.append(stack.enter_context(Wire(port)))
+            wires[-1].send(request)
+            assert wires[-1].answer().status == 200
+        time.sleep(1)
+        yield
+        for wire in wires:
+            wire.send(request_bytes("GET", "/status"))
+            assert wire.answer().status == 200, "an idle connection did not stay open"
 
 
 def bare_sync(directory: Path, count: int = 200) -> float:
     """What a write and an fdatasync of one line take here and now: the median, in ms."""
     path = directory / "sync"
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     times = []
-    for _ in range(count):
-        started = time.perf_counter()
-        os.write(log, b"x" * 650)
-        os.fdatasync(log)
-        times.append(time.perf_counter() - started)
-    os.close(log)
+    with path.open("ab", buffering=0) as log:
+        for _ in range(count):
+            started = time.perf_counter()
+            log.write(b"x" * 650)
+            os.fdatasync(log)
+            times.append(time.perf_counter() - started)
     path.unlink()
     return statistics.median(times) * 1000

@@ -1,29 +1,15 @@
-"""Flask on gunicorn's threads, a sync for each line."""
-
-import os
+"""Flask on gunicorn's threads."""
 
 from flask import Flask, request
 from flask.typing import ResponseReturnValue
-from work import ACCEPTED, Refused, line_of, open_log
+from work import receive
 
 app = Flask(__name__)
-log = open_log()
 
 
 @app.post("/live")
 def live() -> ResponseReturnValue:
-    headers = request.headers
-    try:
-        line = line_of(
-            headers.get("x-notificare-public-key"),
-            headers.get("x-notificare-signature"),
-            request.get_data(),
-        )
-    except Refused as refused:
-        return refused.args[0], 400
-    os.write(log, line)
-    os.fdatasync(log)
-    return ACCEPTED
+    return receive(request.headers, request.get_data())
 
 
 @app.get("/status")

@@ -49,12 +49,6 @@ func commit(file *os.File) {
 	}
 }
 
-func answer(w http.ResponseWriter, status int, body string) {
-	w.Header().Set("Content-Type", "application/json")
-	w.WriteHeader(status)
-	io.WriteString(w, body)
-}
-
 func authentic(body []byte, signature string) bool {
 	given, err := base64.StdEncoding.DecodeString(signature)
 	mac := hmac.New(sha256.New, privateKey)
@@ -74,40 +68,34 @@ func lineOf(body []byte) []byte {
 	return append(line, "}\n"...)
 }
 
-func live(w http.ResponseWriter, r *http.Request) {
+// The answer's status and body.
+func receive(w http.ResponseWriter, r *http.Request) (int, string) {
 	if r.Method != http.MethodPost {
-		answer(w, 405, `{"error":"method not allowed"}`)
-		return
+		return 405, `{"error":"method not allowed"}`
 	}
 	public, signature := r.Header.Get("x-notificare-public-key"), r.Header.Get("x-notificare-signature")
 	if public == "" || signature == "" {
-		answer(w, 400, `{"message":"missing parameters"}`)
-		return
+		return 400, `{"message":"missing parameters"}`
 	}
 	if public != publicKey {
-		answer(w, 400, `{"error":"invalid public key"}`)
-		return
+		return 400, `{"error":"invalid public key"}`
 	}
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, 1<<20))
 	if err != nil {
-		answer(w, 400, `{"error":"body not read"}`)
-		return
+		return 400, `{"error":"body not read"}`
 	}
 	if !authentic(body, signature) {
-		answer(w, 400, `{"error":"invalid signature"}`)
-		return
+		return 400, `{"error":"invalid signature"}`
 	}
 	if len(body) == 0 || body[0] != '{' || !json.Valid(body) {
-		answer(w, 400, `{"error":"not a JSON object"}`)
-		return
+		return 400, `{"error":"not a JSON object"}`
 	}
 	mine := &waiting{lineOf(body), make(chan error, 1)}
 	queue <- mine
 	if err := <-mine.stored; err != nil {
-		answer(w, 503, `{"error":"not stored"}`)
-		return
+		return 503, `{"error":"not stored"}`
 	}
-	answer(w, 200, `{"message":"message received"}`)
+	return 200, `{"message":"message received"}`
 }
 
 func main() {
@@ -116,9 +104,14 @@ func main() {
 		log.Fatal(err)
 	}
 	go commit(file)
-	http.HandleFunc("/live", live)
+	http.HandleFunc("/live", func(w http.ResponseWriter, r *http.Request) {
+		status, body := receive(w, r)
+		w.Header().Set("Content-Type", "application/json")
+		w.WriteHeader(status)
+		io.WriteString(w, body)
+	})
 	http.HandleFunc("/status", func(w http.ResponseWriter, r *http.Request) {
-		answer(w, 200, `{"status":"ok"}`)
+		io.WriteString(w, `{"status":"ok"}`)
 	})
 	log.Fatal(http.ListenAndServe("127.0.0.1:"+os.Args[1], nil))
 }

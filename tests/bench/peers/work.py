@@ -1,43 +1,40 @@
-"""What every Python peer does with a signal: check it, read it, name it, make its line."""
+"""What every Python peer does with a signal: check it, read it, name it, store its line."""
 
 import base64
 import hashlib
 import hmac
 import json
 import os
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 PUBLIC_KEY = os.environ["BENCH_PUBLIC"]
 PRIVATE_KEY = os.environ["BENCH_PRIVATE"].encode()
-ACCEPTED = {"message": "message received"}
+SYNC = os.environ["BENCH_SYNC"] == "yes"
+
+log = os.open(os.environ["BENCH_LOG"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
 
 
-class Refused(Exception):
-    """The signal is not taken; the argument is the JSON of the 400."""
-
-
-def open_log() -> int:
-    return os.open(os.environ["BENCH_LOG"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
-
-
-def line_of(public_key: str | None, signature: str | None, body: bytes) -> bytes:
-    """The log line of an authentic signal, in the receiver's own format."""
+def receive(headers: Mapping[str, str], body: bytes) -> tuple[dict[str, str], int]:
+    """The answer, as JSON, and its status. BENCH_SYNC says whether a 200 waits for a sync."""
+    public_key = headers.get("x-notificare-public-key")
+    signature = headers.get("x-notificare-signature")
     if public_key is None or signature is None:
-        raise Refused({"message": "missing parameters"})
+        return {"message": "missing parameters"}, 400
     if public_key != PUBLIC_KEY:
-        raise Refused({"error": "invalid public key"})
+        return {"error": "invalid public key"}, 400
     expected = base64.b64encode(hmac.digest(PRIVATE_KEY, body, "sha256"))
     if not hmac.compare_digest(expected, signature.encode()):
-        raise Refused({"error": "invalid signature"})
+        return {"error": "invalid signature"}, 400
     try:
         if not isinstance(json.loads(body), dict):
-            raise Refused({"error": "not a JSON object"})
+            return {"error": "not a JSON object"}, 400
     except ValueError:
-        raise Refused({"error": "not JSON"}) from None
+        return {"error": "not JSON"}, 400
     received_at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     signal_id = hashlib.sha256(body).hexdigest()[:32]
-    return b'{"received_at":"%s","instance":"bench","id":"%s","signal":%s}\n' % (
-        received_at.encode(),
-        signal_id.encode(),
-        body,
-    )
+    line = b'{"received_at":"%s","instance":"bench","id":"%s","signal":%s}\n'
+    os.write(log, line % (received_at.encode(), signal_id.encode(), body))
+    if SYNC:
+        os.fdatasync(log)
+    return {"message": "message received"}, 200
