@@ -78,13 +78,15 @@ def prepare(kinds: set[str]) -> None:
         run(*build, GOCACHE=str(CACHE / "go-build"), GO111MODULE="off")
 
 
-def python_facts(python: str) -> str:
+def python_facts(python: str | Path, *packages: str) -> str:
     code = """if True:
-        import platform, sys, cryptography
+        import platform, sys
+        from importlib.metadata import version
         free = "" if getattr(sys, "_is_gil_enabled", lambda: True)() else ", free-threaded"
-        print(f"Python {platform.python_version()}{free}, cryptography {cryptography.__version__}")
+        packages = (f", {name} {version(name)}" for name in sys.argv[1:])
+        print("Python ", platform.python_version(), free, *packages, sep="")
     """
-    return run(python, "-c", code).strip()
+    return run(python, "-c", code, *packages).strip()
 
 
 def machine(directory: Path) -> str:
@@ -101,10 +103,7 @@ def versions(kinds: set[str]) -> str:
     """The versions of what the servers of these kinds are made of."""
     found = []
     if "python" in kinds:
-        code = "import sys, importlib.metadata as m; [print(n, m.version(n)) for n in sys.argv[1:]]"
-        names = REQUIREMENTS.read_text().split()
-        found.append(run(PEERS_PYTHON, "-V").strip())
-        found += run(PEERS_PYTHON, "-c", code, *names).splitlines()
+        found.append(python_facts(PEERS_PYTHON, *REQUIREMENTS.read_text().split()))
     if "node" in kinds:
         found.append(f"node {run('node', '--version').strip()}")
         for name in json.loads(MANIFEST.read_text())["dependencies"]:

@@ -6,8 +6,8 @@ import statistics
 import time
 from pathlib import Path
 
-from servers import Server, running
-from wire import post_bytes, request_bytes
+from servers import STATUS, Server, running
+from wire import post_bytes
 from wrk import Pool, body, fire, held_open
 
 DEDUPE_WINDOW = 65536
@@ -24,10 +24,9 @@ def footprint(server: Server, directory: Path, pool: Pool) -> dict[str, tuple[fl
             starts.append(started.ready_seconds)
             idle_sizes.append(started.resident_mib())
 
-    requests = [request_bytes("GET", "/status")] * IDLE_CONNECTIONS
     with (
         running(server, directory / "idle", pool.pairs) as idle,
-        held_open(idle.port, requests),
+        held_open(idle.port, [STATUS] * IDLE_CONNECTIONS),
     ):
         cpu, wake_ups = idle.cpu_seconds(), idle.wake_ups()
         time.sleep(IDLE_SECONDS)

@@ -3,10 +3,10 @@
 -- Arguments: pool file, index of the first record, the three lengths, keep or close.
 -- Run with one wrk thread: each thread would read the same records.
 
-local workers = {}
+local worker
 
-function setup(worker)
-  table.insert(workers, worker)
+function setup(thread)
+  worker = thread
 end
 
 function init(args)
@@ -38,7 +38,7 @@ function done(summary, latency)
   local errors = summary.errors
   io.write(string.format(
     'BENCH {"answered":%d,"taken":%d,"seconds":%.6f,"refused":%d,"broken":%d,"p50_us":%d,"p99_us":%d}\n',
-    summary.requests, workers[1]:get("taken"), summary.duration / 1e6, errors.status,
+    summary.requests, worker:get("taken"), summary.duration / 1e6, errors.status,
     errors.connect + errors.read + errors.write + errors.timeout,
     latency:percentile(50), latency:percentile(99)))
 end

@@ -36,12 +36,8 @@ def watched(
     command: list[str], server: Running, pool: Pool, first: int, scenario: str
 ) -> tuple[str, Measured]:
     """perf at work beside a load: what perf said, and what was measured."""
-    perf = subprocess.Popen(
-        ["perf", *command, "-p", str(server.process.pid)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = ["perf", *command, "-p", str(server.process.pid)]
+    perf = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     time.sleep(0.5)  # it attaches to each thread first
     measured = fire(server, pool, first, scenario, SECONDS)
     perf.send_signal(signal.SIGINT)

@@ -138,36 +138,31 @@ def goals_table(result: Result) -> list[str]:
     return table(["", "goal", "aim", "measured", "met"], rows)
 
 
-def header(result: Result) -> list[str]:
+def markdown(result: Result) -> str:
+    rates: Rates = result.get("rates", {})
     run = result["options"]
-    lines = [
+    lines = ["## For the README", "", *readme_table(result)] if rates else []
+    lines += [
+        "## In full",
+        "",
         f"Measured {result['measured_at']} in {result['minutes']} minutes: {result['machine']}; "
         "wrk on the same machine, one thread; signals of 500 bytes, none sent twice.",
         f"Rounds: {run['rounds']}, in alternating order, {run['seconds']} s for each figure in "
         "each. Medians; the spread is from lowest to highest; ratios are taken within a round.",
         f"The receiver runs on {result['receiver']}. Peers: {result['versions'] or 'none'}.",
     ]
-    if "rates" in result:
+    if rates:
         syncs = ", ".join(f"{each:.2f}" for each in result["sync_ms"])
         lines.append(f"A write and an fdatasync by themselves, by round: {syncs} ms.")
-        series = [runs for found in result["rates"].values() for runs in found.values()]
-        by_round = zip(*series, strict=True)
+        by_round = zip(*(runs for found in rates.values() for runs in found.values()), strict=True)
         busy = ", ".join(f"{median(list(runs), 'others'):.2f}" for runs in by_round)
         lines.append(f"Cores that other processes kept busy meanwhile, median by round: {busy}.")
-    return ["\n".join(lines), ""]
-
-
-def markdown(result: Result) -> str:
-    lines = []
-    if "rates" in result:
-        lines += ["## For the README", "", *readme_table(result)]
-    lines += ["## In full", "", *header(result)]
-    for scenario in result.get("rates", {}).get("receiver", {}):
+    lines.append("")
+    for scenario in rates.get("receiver", {}):
         lines += [f"### {SCENARIOS[scenario]}", "", *scenario_table(result, scenario)]
     if "instances" in result:
         lines += ["### Many instances", "", *instances_table(result["instances"])]
     if "footprint" in result:
         rows = ([what, f"{figure:.3g}"] for what, (figure, _) in result["footprint"].items())
         lines += ["### Start, memory, idle time, disk", "", *table(["", "measured"], rows)]
-    lines += ["### Goals", "", *goals_table(result)]
-    return "\n".join(lines)
+    return "\n".join([*lines, "### Goals", "", *goals_table(result)])

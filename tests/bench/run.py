@@ -13,7 +13,6 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +22,7 @@ import report
 from footprint import footprint
 from harness import Pair
 from servers import PEERS, Server, receiver, running
-from wrk import INSTANCES, SCENARIOS, Measured, Pool, bare_sync, check_log, fire
+from wrk import INSTANCES, SCENARIOS, Pool, bare_sync, check_log, fire
 
 RESULTS = environment.HERE / "results"
 PARTS = ["rates", "instances", "footprint"]
@@ -38,12 +37,7 @@ def options() -> argparse.Namespace:
     for name, known in CHOICES.items():
         every = ",".join(known)
         add(f"--{name}", default=every, metavar="LIST", help=f"only some of {every}")
-    add(
-        "--python",
-        default=sys.executable,
-        metavar="INTERPRETERS",
-        help="that run the receiver, the first of them in every part (default: this one)",
-    )
+    add("--python", default=sys.executable, metavar="LIST", help="that run the receiver")
     add("--before", type=Path, metavar="FILE", help="an earlier liveapi_server.py, as a peer")
     chosen = parser.parse_args()
     for name, known in CHOICES.items():
@@ -52,21 +46,6 @@ def options() -> argparse.Namespace:
             parser.error(f"--{name}: choose from {','.join(known)}")
         setattr(chosen, name, names)
     return chosen
-
-
-def one_run(
-    server: Server, directory: Path, pool: Pool, scenarios: list[str], seconds: int
-) -> Iterator[tuple[str, Measured]]:
-    """A server from start to stop: each scenario's figures, and a look at the log."""
-    with running(server, directory, pool.pairs) as started:
-        runs = [fire(started, pool, 0, "16", 1)]  # a warm-up
-        for scenario in scenarios:
-            taken = sum(run.taken for run in runs)
-            runs.append(fire(started, pool, taken, scenario, seconds))
-            yield scenario, runs[-1]
-    if server.stores:
-        check_log(directory / "signals", runs)
-    shutil.rmtree(directory)
 
 
 def in_turn(
@@ -84,8 +63,15 @@ def in_turn(
             name = names[(number + (-step if number % 2 else step)) % len(names)]
             print(f"round {number + 1} of {run.rounds}: {name}", file=sys.stderr)
             server, pool = rows[name]
-            for each, measured in one_run(server, work / "run", pool, scenarios, run.seconds):
-                found[name][each].append(measured)
+            with running(server, work / "server", pool.pairs) as started:
+                runs = [fire(started, pool, 0, "16", 1)]  # a warm-up
+                for scenario in scenarios:
+                    taken = sum(each.taken for each in runs)
+                    runs.append(fire(started, pool, taken, scenario, run.seconds))
+                    found[name][scenario].append(runs[-1])
+            if server.stores:
+                check_log(work / "server/signals", runs)
+            shutil.rmtree(work / "server")
     return found, syncs
 
 
@@ -96,13 +82,13 @@ def main() -> None:
     peers = {name: PEERS[name] for name in chosen.peers}
     kinds = {"receiver", *(peer.kind for peer in peers.values())}
     environment.prepare(kinds)
+    interpreters = chosen.python.split(",")
+    environment.need(*interpreters)
     # Absolute, but not resolved: a link in a venv stands for the venv.
-    python, *others = [
-        str(Path(shutil.which(each) or each).absolute()) for each in chosen.python.split(",")
-    ]
+    python, *others = (str(Path(shutil.which(each) or "").absolute()) for each in interpreters)
     servers = {"receiver": receiver(python)}
     for number, other in enumerate(others, 2):
-        title = f"the receiver on {environment.python_facts(other)}"
+        title = f"the receiver on {environment.python_facts(other, 'cryptography')}"
         servers[f"receiver-{number}"] = receiver(other, title)
     if chosen.before:
         before = chosen.before.resolve()
@@ -118,7 +104,7 @@ def main() -> None:
             "options": {"rounds": chosen.rounds, "seconds": chosen.seconds},
             "servers": servers,
             "machine": environment.machine(work),
-            "receiver": f"{environment.python_facts(python)} ({python})",
+            "receiver": f"{environment.python_facts(python, 'cryptography')} ({python})",
             "versions": environment.versions(kinds),
         }
         if "rates" in chosen.parts:

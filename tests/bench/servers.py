@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
 import environment
 from harness import PROGRAM, Pair, eventually, free_ports
+from wire import ask, request_bytes
+
+STATUS = request_bytes("GET", "/status")
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,8 @@ class Running:
         if self.process.poll() is not None:
             said = self.output.read_text(errors="replace")
             raise SystemExit(f"{self.server.title} does not start:\n{said}")
-        with (
-            suppress(OSError, HTTPException),
-            closing(HTTPConnection("127.0.0.1", self.port, timeout=5)) as connection,
-        ):
-            connection.request("GET", "/status", headers={"connection": "close"})
-            return connection.getresponse().status == 200
+        with suppress(OSError):
+            return ask(self.port, STATUS).status == 200
         return False
 
     def _processes(self) -> Iterator[Path]:
@@ -96,13 +95,9 @@ class Running:
         return sum(time.clock_gettime((~pid << 3) | 2) for pid in pids)
 
     def _status(self, files: str, name: str) -> int:
-        lines = [
-            line
-            for directory in self._processes()
-            for status in directory.glob(files)
-            for line in status.read_text().splitlines()
-        ]
-        return sum(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+        texts = [path.read_text() for each in self._processes() for path in each.glob(files)]
+        found = re.findall(rf"^{name}:\s*(\d+)", "\n".join(texts), re.MULTILINE)
+        return sum(map(int, found))
 
     def resident_mib(self) -> float:
         return self._status("status", "VmRSS") / 1024

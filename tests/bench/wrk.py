@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import secrets
 import statistics
 import subprocess
@@ -15,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import environment
-from harness import Pair, payload_id
-from servers import Running
-from wire import Wire, request_bytes
+from harness import Pair, payload_id, signal_payload
+from servers import STATUS, Running
+from wire import Wire
 
 SCENARIOS = {
     "1": "1 connection",
@@ -29,20 +28,20 @@ INSTANCES = 50  # the most that share a pool
 FASTEST = 60_000  # signals per second that a pool must last for: no server here takes more
 
 SIZES = (64, 44, 500)  # of a public key, a signature and a signal, in bytes
-TEMPLATE = (
-    '{"service":"My Service","type":"re.notifica.event.notification.Open","data":{"id":"%s",'
-    '"deviceID":"%s","userID":"user%08d@example.com","sessionID":"%s","notification":"%s",'
-    '"data":{"campaign":"%s"}},"timestamp":%d}'
-)
 
 
 def body(number: int) -> bytes:
     """A unique signal; all are of the same size."""
     unique = secrets.token_hex(56)
-    fields = (unique[:24], unique[24:56], number, unique[56:88], unique[88:112])
-    timestamp = 1_700_000_000_000 + number
-    filler = "x" * (SIZES[-1] - len(TEMPLATE % (*fields, "", timestamp)))
-    return (TEMPLATE % (*fields, filler, timestamp)).encode()
+    signal = signal_payload(
+        id=unique[:24],
+        deviceID=unique[24:56],
+        userID=f"user{number:08}@example.com",
+        sessionID=unique[56:88],
+        notification=unique[88:],
+        data={"campaign": ""},
+    )
+    return signal.replace(b'""', b'"%b"' % (b"x" * (SIZES[-1] - len(signal))))
 
 
 @dataclass(frozen=True)
@@ -82,11 +81,6 @@ def _machine_seconds() -> float:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def _children_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 def fire(server: Running, pool: Pool, first: int, scenario: str, seconds: int) -> Measured:
     """wrk with the pool's signals from `first` on; SystemExit unless every answer is a 2xx."""
     command = ["wrk", "--threads=1", f"--connections={scenario.removesuffix('new')}"]
@@ -94,10 +88,10 @@ def fire(server: Running, pool: Pool, first: int, scenario: str, seconds: int) -
     command += ["--script", str(environment.HERE / "post.lua")]
     command += [f"http://127.0.0.1:{server.port}/live", "--", str(pool.path), str(first)]
     command += [*map(str, SIZES), "close" if scenario.endswith("new") else "keep"]
-    cpu, machine, wrk = server.cpu_seconds(), _machine_seconds(), _children_seconds()
+    cpu, machine, ended = server.cpu_seconds(), _machine_seconds(), os.times()[2:4]
     done = subprocess.run(command, capture_output=True, text=True)
     cpu = server.cpu_seconds() - cpu
-    machine, wrk = _machine_seconds() - machine, _children_seconds() - wrk
+    machine, wrk = _machine_seconds() - machine, sum(os.times()[2:4]) - sum(ended)
     _, found, result = done.stdout.partition("BENCH ")
     if not found:
         raise SystemExit(f"wrk failed on {server.server.title}:\n{done.stdout}{done.stderr}")
@@ -118,25 +112,21 @@ def fire(server: Running, pool: Pool, first: int, scenario: str, seconds: int) -
 
 
 def check_log(signals: Path, runs: list[Measured]) -> None:
-    """Each acknowledged signal is in the log, once, and nothing else is; SystemExit if not.
+    """Each acknowledged signal is in the log, once, and nothing else is.
 
     What was in flight when wrk stopped may be there or not, so the count has a tolerance: the
     signals that wrk had taken from the pool and had no answer for.
     """
     lines = b"".join(path.read_bytes() for path in signals.glob("*.jsonl")).split(b"\n")
-    if lines.pop() != b"":
-        raise SystemExit(f"{signals}: the last line is not whole")
+    assert lines.pop() == b"", f"{signals}: the last line is not whole"
     for line in lines[::100]:
         payload = line.partition(b'"signal":')[2][:-1]
-        if json.loads(line)["id"] != payload_id(payload):
-            raise SystemExit(f"{signals}: a line's id is not that of its signal")
+        assert json.loads(line)["id"] == payload_id(payload), line
     distinct = len({line.partition(b'"id":"')[2][:32] for line in lines})
     answered, taken = sum(run.answered for run in runs), sum(run.taken for run in runs)
-    if distinct != len(lines) or not answered <= len(lines) <= taken:
-        raise SystemExit(
-            f"{signals}: {len(lines)} lines ({distinct} ids) for {answered} acknowledged signals "
-            f"of {taken} sent"
-        )
+    counted = f"{signals}: {len(lines)} lines, {distinct} ids; {answered} answered, {taken} sent"
+    assert distinct == len(lines), counted
+    assert answered <= len(lines) <= taken, counted
 
 
 @contextmanager
@@ -151,16 +141,16 @@ def held_open(port: int, requests: list[bytes]) -> Iterator[None]:
         time.sleep(1)
         yield
         for wire in wires:
-            wire.send(request_bytes("GET", "/status"))
+            wire.send(STATUS)
             assert wire.answer().status == 200, "an idle connection did not stay open"
 
 
-def bare_sync(directory: Path, count: int = 200) -> float:
+def bare_sync(directory: Path) -> float:
     """What a write and an fdatasync of one line take here and now: the median, in ms."""
     path = directory / "sync"
     times = []
     with path.open("ab", buffering=0) as log:
-        for _ in range(count):
+        for _ in range(200):
             started = time.perf_counter()
             log.write(b"x" * 650)
             os.fdatasync(log)
