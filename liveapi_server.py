@@ -990,10 +990,9 @@ class Server(socketserver.BaseServer):
         with self.room:
             for handler in self.handlers:
                 if handler.deadline <= now:
-                    handler.late = True
-                    # A late request still gets its 408, unless that is late too.
-                    gentle = handler.state == "request" and now < handler.deadline + LINGER_SECONDS
-                    handler.shut(socket.SHUT_RD if gentle else socket.SHUT_RDWR)
+                    handler.late = True  # a request still gets its 408, unless that is late, too
+                    hope = now < handler.deadline + LINGER_SECONDS
+                    handler.shut(socket.SHUT_RD if hope else socket.SHUT_RDWR)
                 elif self.ending and handler.state == "idle":
                     handler.shut(socket.SHUT_RD)  # what has come can still be read
 
