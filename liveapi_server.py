@@ -1185,13 +1185,12 @@ class SignalHandler(StrictHandler):
         del line
         if known is None:
             signal_log.commit()
-            if isinstance(self.request, ssl.SSLSocket):
-                with self.owed:
-                    self.answer(self.outcome)
         else:
-            self.owed.release()
             self.server.figures.count(instance.name, "repeated" if known else "unavailable")
-            self.answer(ACCEPTED if known else CANNOT_STORE)
+            self.answered(known)
+        if isinstance(self.request, ssl.SSLSocket):
+            with self.owed:
+                self.answer(self.outcome)
 
     def answered(self, stored: bool) -> None:
         """Send the answer, in the thread that has committed: cheaper than to wake this one. Under
