@@ -1285,9 +1285,8 @@ const el = (tag, ...inside) => {
 const plain = text => text.replace(/[\p{C}\p{Zl}\p{Zp}]/gu, unseen => unseen.replace(/[^]/g,
   unit => '\\u' + unit.charCodeAt().toString(16).padStart(4, '0')));  // as JSON escapes it
 const brief = value => typeof value == 'object' ? '' : plain(String(value ?? '').slice(0, 200));
-const newest = (rows, room = 2e7) =>  // those that are kept, in bounded memory
-  rows.filter((row, index) => index < 1000 && (room -= row.text.length) > 0);
-let stream, polls = [], waiting = [], seen = new Set(), frame, paused;
+const newest = (all, room = 2e7) => all.slice(0, 1000).filter(row => (room -= row.text.length) > 0);
+let stream, polls = [], waiting = [], seen = new Set(), paused;
 function take({ data: line }) {
   const { received_at, instance, id, signal } = JSON.parse(line), data = Object(signal.data);
   const key = received_at + instance + id, who = brief(data.userID) || brief(data.deviceID);
@@ -1296,11 +1295,12 @@ function take({ data: line }) {
   const type = el('button', brief(signal.type).replace('re.notifica.event.', '') || '(no type)');
   const row = el('tr', ...[time(received_at), instance, type, who].map(cell => el('td', cell)));
   const text = [line, JSON.stringify(signal), row.textContent].join(' ').toLowerCase();
-  waiting = newest([Object.assign(row, { line, text }), ...waiting]);
-  frame ||= requestAnimationFrame(draw);  // thousands of signals do not make it slow
+  const late = (Date.parse(received_at) - parseFloat(brief(signal.timestamp))) / 1000;
+  const delay = isFinite(late) ? `${count(late)} seconds after its timestamp` : 'no timestamp';
+  Object.assign(row, { line, text, about: `Received ${time(received_at)}, ${delay}` });
+  waiting = newest([row, ...waiting]);
 }
 function draw() {
-  frame = 0;
   if (!paused) $('rows').prepend(...waiting.splice(0));
   const rows = [...$('rows').rows], kept = newest(rows);
   for (const row of rows.slice(kept.length)) row.remove();
@@ -1335,60 +1335,46 @@ async function look() {  // the stream comes back by itself, unless it was refus
   $('refusals').textContent = refusals.reverse().map(
     ({ at, instance, reason }) => `${time(at)}  ${instance || '-'}  ${reason}`).join('\n');
 }
-function layout(line, depth = 0) {  // no token is changed: 1e400 and 0.10 stay as they were sent
-  const next = step => '\n' + '  '.repeat(Math.min(depth += step, 40));
-  return line.replace(/"[^"\\]*(?:\\.[^"\\]*)*"|[[{]\s*[\]}]|[[{,:\]}]|\s+/g, part =>
-    part[0] == '"' ? plain(part) : part == ',' ? part + next(0) : part == ':' ? ': '
-    : '[{'.includes(part) ? part + next(1) : ']}'.includes(part) ? next(-1) + part : part.trim());
-}
 $('rows').onclick = event => {
-  const { line } = event.target.closest('tr'), { received_at, signal } = JSON.parse(line);
-  const late = count((Date.parse(received_at) - signal.timestamp) / 1000);
-  $('title').textContent = `Received ${time(received_at)}, ` + (Number.isFinite(signal.timestamp)
-    ? `${late} seconds after its timestamp` : 'without a timestamp');
-  $('whole').textContent = layout(line); $('detail').showModal();
+  const { about, line } = event.target.closest('tr');
+  $('title').textContent = about; $('whole').textContent = plain(line); $('detail').showModal();
 };
 $('filter').oninput = draw; $('pause').onclick = () => { paused = !paused; draw(); };
 $('zone').textContent = `Received (${Intl.DateTimeFormat().resolvedOptions().timeZone})`;
-draw(); look(); setInterval(look, 2000);
+draw(); setInterval(() => waiting.length && draw(), 200);  // thousands do not make it slow
+look(); setInterval(look, 2000);
 </script>
 """
 
 CSP = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
 CSP += "; frame-ancestors 'none'"
-for _tag in ("style", "script"):  # the page's own, and no other (CSP level 3)
-    _text = CONSOLE_PAGE.partition(f"<{_tag}>")[2].partition(f"</{_tag}>")[0].encode()
-    CSP += f"; {_tag}-src 'sha256-{base64.b64encode(hashlib.sha256(_text).digest()).decode()}'"
+for _tag, _text in re.findall(r"(?s)<(style|script)>(.*?)</\1>", CONSOLE_PAGE):  # no other may run
+    _hash = base64.b64encode(hashlib.sha256(_text.encode()).digest()).decode()
+    CSP += f"; {_tag}-src 'sha256-{_hash}'"
 CONSOLE_HEADERS = {"Content-Security-Policy": CSP, "Cross-Origin-Resource-Policy": "same-origin"}
 CONSOLE_HEADERS |= {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 
 
 def follow(signal_log: SignalLog) -> Iterator[bytes]:
     """The log as tail -n 100 -F shows it, but only what is synced; b"" where nothing is new."""
-    offset = -1  # the first line to show is still to be found
+    begun = False
     while True:
+        yield b""
         with open(CURRENT, "rb", opener=lambda *_: signal_log.open(CURRENT)) as file:
-            end, known, current = 0, False, True
-            while current and offset <= end:
-                *this, size = signal_log.place
-                there = os.fstat(file.fileno())
-                current = this == [there.st_dev, there.st_ino]
-                known = known or current
-                # A segment that was the open one, and is closed now, has been synced whole.
-                end = size if current else there.st_size if known else 0
-                if offset < 0:
-                    file.seek(max(0, end - STREAM_BYTES))
-                    last = file.read(end - file.tell()).splitlines(True)[-STREAM_LINES:]
-                    offset = file.seek(end - sum(map(len, last)))
-                    del last
-                while offset < end and (line := file.readline(end - offset)):
-                    offset += len(line)
-                    yield line.rstrip(b"\n")
-                if current or not known:
-                    yield b""
-                    file.seek(0, os.SEEK_END)  # what was read ahead may have been cut since
-                    file.seek(offset)
-        offset = 0  # it was cut, or another segment is the open one
+            there, ours = os.fstat(file.fileno()), False
+            here = (there.st_dev, there.st_ino)
+            while (place := signal_log.place)[:2] == here and file.tell() <= place[2]:  # not cut
+                ours, end = True, place[2]
+                if not begun:
+                    start = file.seek(max(0, end - STREAM_BYTES))
+                    size = sum(map(len, file.read(end - start).splitlines(True)[-STREAM_LINES:]))
+                    file.seek(end - size)
+                    begun = True
+                while file.tell() < end and (line := file.readline()):
+                    yield line
+                yield b""
+            if ours:  # it is not the open segment any more, and has been synced whole
+                yield from file
 
 
 class ConsoleHandler(StrictHandler):
@@ -1397,44 +1383,39 @@ class ConsoleHandler(StrictHandler):
     server: Console
 
     def dispatch(self) -> None:
+        # A Host field names a service by address, never by a name that DNS could rebind.
+        own = address_of(self.request)
+        hosts = {own, "localhost:" + own.rpartition(":")[2]}
         host = self.head.fields.get(b"host", b"").decode().lower()
         site = self.head.fields.get(b"sec-fetch-site", b"none")
-        if host not in self.server.hosts or site not in (b"none", b"same-origin"):
+        hosts |= {each.removesuffix(":80") for each in hosts}
+        if host not in hosts or site not in (b"none", b"same-origin"):
             raise Refusal(403, "this console answers at its own address, to its own page only")
         super().dispatch()
 
     def do_GET(self) -> None:
-        receiver = self.server.receiver
+        receiver, body, kind = self.server.receiver, b"", STREAM
         if self.path == "/":
-            self.answer(Answer(200, CONSOLE_PAGE.encode(), "text/html; charset=utf-8"))
+            body, kind = CONSOLE_PAGE.encode(), "text/html; charset=utf-8"
         elif self.path == "/status":
-            self.answer(json_answer(200, **console_status(receiver)))
+            body, kind = json.dumps(console_status(receiver)).encode(), "application/json"
         elif self.path == "/metrics":
-            self.answer(Answer(200, metrics(receiver), "text/plain; version=0.0.4; charset=utf-8"))
-        else:
-            self.close_connection = True
-            self.answer(Answer(200, b"", STREAM))
-            if self.command == "GET":
-                self.stream(receiver.signal_log)
+            body, kind = metrics(receiver), "text/plain; version=0.0.4; charset=utf-8"
+        self.close_connection |= kind == STREAM
+        self.answer(Answer(200, body, kind, CONSOLE_HEADERS))
+        if kind == STREAM and self.command == "GET":
+            with self.request.makefile("wb") as events:  # WHATWG HTML section 9.2
+                events.write(b"retry: 1000\n\n")
+                for line in follow(receiver.signal_log):
+                    self.wait("stream", WATCHER_SECONDS)
+                    if match := LINE.fullmatch(line.rstrip(b"\n")):
+                        events.write(b"id: %b\ndata: %b\n\n" % (match[3], match[0]))
+                    elif not line:
+                        events.write(b":\n\n")  # so that it is noticed when the watcher has gone
+                        events.flush()
+                        time.sleep(STREAM_PAUSE)
 
     do_HEAD = do_GET
-
-    def stream(self, signal_log: SignalLog) -> None:
-        """What tail -n 100 -F shows, if it is synced, as events (WHATWG HTML section 9.2)."""
-        with self.request.makefile("wb") as events:
-            events.write(b"retry: 1000\n\n")
-            for line in follow(signal_log):
-                self.wait("stream", WATCHER_SECONDS)
-                if match := LINE.fullmatch(line):
-                    events.write(b"id: %b\ndata: %b\n\n" % (match[3], line))
-                elif not line:
-                    events.write(b":\n\n")  # so that it is noticed when the watcher has gone
-                    events.flush()
-                    time.sleep(STREAM_PAUSE)
-
-    def render(self, answer: Answer) -> bytes:
-        headers = {**answer.headers, **CONSOLE_HEADERS}
-        return super().render(dataclasses.replace(answer, headers=headers))
 
 
 def console_status(receiver: Receiver) -> dict[str, Any]:
@@ -1442,72 +1423,62 @@ def console_status(receiver: Receiver) -> dict[str, Any]:
     figures, trouble = receiver.figures, receiver.signal_log.trouble
 
     def known_of(name: str) -> dict[str, Any]:
-        when = {"last_verify_at": figures.verified.get(name)}
-        when |= {"last_signal_at": figures.received.get(name)}
-        counts = {result: figures.signals[name, result] for result in RESULTS}
-        refused = {why: n for (who, why), n in figures.refused.items() if who == name}
-        return {"instance": name, **when, **counts, "refused": refused}
+        known: dict[str, Any] = {"instance": name, "last_verify_at": figures.verified.get(name)}
+        known["last_signal_at"] = figures.received.get(name)
+        known |= {result: figures.signals[name, result] for result in RESULTS}
+        known["refused"] = {why: n for (who, why), n in figures.refused.items() if who == name}
+        return known
 
     with figures.counting:
-        return {
-            "status": "unavailable" if trouble else "ok",
-            "reason": trouble or None,
-            "version": __version__,
-            "started_at": figures.started,
-            "endpoint": receiver.url,
-            "segment": CURRENT,
-            "segment_bytes": receiver.signal_log.place[2],
-            "connections": len(receiver.handlers),
-            "instances": [known_of(name) for name in names_of(receiver.instances)],
-            "refused": known_of("")["refused"],
-            "refusals": list(figures.refusals),
-        }
+        status: dict[str, Any] = {"status": "unavailable" if trouble else "ok"}
+        status |= {"reason": trouble or None, "version": __version__, "started_at": figures.started}
+        status |= {"endpoint": receiver.url, "segment": CURRENT}
+        status |= {"segment_bytes": receiver.signal_log.place[2]}
+        status |= {"connections": len(receiver.handlers)}
+        status |= {"instances": [known_of(name) for name in names_of(receiver.instances)]}
+        return status | {"refused": known_of("")["refused"], "refusals": list(figures.refusals)}
 
 
 def metrics(receiver: Receiver) -> bytes:
     """The figures in Prometheus' text format 0.0.4."""
-    figures, signal_log, names = receiver.figures, receiver.signal_log, names_of(receiver.instances)
-    text = list[str]()
+    figures, signal_log, text = receiver.figures, receiver.signal_log, ""
 
-    def say(name: str, kind: str, what: str, samples: Mapping[str, float]) -> None:
-        text.append(f"# HELP liveapi_{name} {what}.\n# TYPE liveapi_{name} {kind}\n")
-        text.extend(f"liveapi_{name}{rest} {value}\n" for rest, value in samples.items())
-
-    def by(label: str, counts: dict[tuple[str, str], int]) -> dict[str, float]:
+    def by(label: str, counts: Mapping[tuple[str, str], int]) -> dict[str, float]:
         return {f'{{instance="{name}",{label}="{of}"}}': n for (name, of), n in counts.items()}
 
-    def seconds(moments: dict[str, str]) -> dict[str, float]:
-        at = {name: datetime.fromisoformat(moments[name]) for name in names if name in moments}
-        return {f'{{instance="{name}"}}': when.timestamp() for name, when in at.items()}
+    def at(moments: dict[str, str]) -> dict[str, float]:
+        when = {name: datetime.fromisoformat(each) for name, each in moments.items()}
+        return {f'{{instance="{name}"}}': each.timestamp() for name, each in when.items()}
 
     with figures.counting:
-        every = {key: figures.signals[key] for key in itertools.product([*names, ""], RESULTS)}
-        started = datetime.fromisoformat(figures.started).timestamp()
+        every = itertools.product([*names_of(receiver.instances), ""], RESULTS)
+        results = {each: figures.signals[each] for each in every}
         spent = {"_sum": round(figures.commit_seconds, 6), "_count": figures.commits}
-        say("signals_total", "counter", "Signals by what became of them", by("result", every))
-        say("refused_total", "counter", "Requests refused", by("reason", figures.refused))
-        say("last_signal_timestamp_seconds", "gauge", "Last stored", seconds(figures.received))
-        say("last_verify_timestamp_seconds", "gauge", "Last answered", seconds(figures.verified))
-        say("storing", "gauge", "1 if signals can be stored", {"": int(not signal_log.trouble)})
-        say("connections", "gauge", "Open ones of the endpoint", {"": len(receiver.handlers)})
-        say("segment_bytes", "gauge", "Size of the open segment", {"": signal_log.place[2]})
-        say("start_time_seconds", "gauge", "Start", {"": started})
-        say("commit_duration_seconds", "summary", "Writing and syncing a batch", spent)
-        say("commit_lines_total", "counter", "Lines synced", {"": figures.total("stored")})
-    return "".join(text).encode()
+        started = datetime.fromisoformat(figures.started).timestamp()
+        samples: dict[str, dict[str, float]] = {
+            "signals_total counter Signals by what became of them": by("result", results),
+            "refused_total counter Requests refused": by("reason", figures.refused),
+            "last_signal_timestamp_seconds gauge Last stored": at(figures.received),
+            "last_verify_timestamp_seconds gauge Last answered": at(figures.verified),
+            "storing gauge 1 if signals can be stored": {"": int(not signal_log.trouble)},
+            "connections gauge Open ones of the endpoint": {"": len(receiver.handlers)},
+            "segment_bytes gauge Size of the open segment": {"": signal_log.place[2]},
+            "start_time_seconds gauge Start": {"": started},
+            "commit_duration_seconds summary Writing and syncing a batch": spent,
+            "commit_lines_total counter Lines synced": {"": figures.total("stored")},
+        }
+    for about, values in samples.items():
+        name, kind, what = about.split(" ", 2)
+        text += f"# HELP liveapi_{name} {what}.\n# TYPE liveapi_{name} {kind}\n"
+        text += "".join(f"liveapi_{name}{labels} {value}\n" for labels, value in values.items())
+    return text.encode()
 
 
 class Console(Server):
     """The private listener."""
 
-    def __init__(self, receiver: Receiver, listener: socket.socket) -> None:
-        super().__init__(listener, ConsoleHandler, receiver.settings, most=WATCHERS)
-        self.receiver, self.figures = receiver, receiver.figures
-        self.routes = dict.fromkeys(("/", "/signals", "/status", "/metrics"), ("GET", "HEAD"))
-        # A Host field names a service by address, never by a name that DNS could rebind.
-        address = address_of(listener)
-        hosts = {address, "localhost:" + address.rpartition(":")[2]}
-        self.hosts = hosts | {host.removesuffix(":80") for host in hosts}
+    receiver: Receiver
+    routes = dict.fromkeys(("/", "/signals", "/status", "/metrics"), ("GET", "HEAD"))
 
 
 # ---- 8  Life: options, systemd, reload, stop -----------------------------------------------------
@@ -1674,7 +1645,9 @@ def open_servers(settings: Settings) -> tuple[Receiver, list[Server]]:
         log.warning("--host and --port have no effect: systemd listens (see liveapi.socket)")
     port = 3014 if settings.port is None else settings.port
     listener = given.get("live") or open_listener(settings.host or "127.0.0.1", port)
-    console = given.get("console") or (settings.console and open_listener(*settings.console))
+    console_listener = given.get("console") or (
+        settings.console and open_listener(*settings.console)
+    )
     figures, path = Figures(), settings.signals
     signal_log = SignalLog(path, settings.dedupe, settings.segment_bytes, figures.committed)
     receiver = Receiver(settings, listener, signal_log, figures)
@@ -1693,7 +1666,11 @@ def open_servers(settings: Settings) -> tuple[Receiver, list[Server]]:
         reason = "another server is using it" if locked else error.strerror
         raise OperatorError(f"cannot open the log in {path}: {reason}") from None
     figures.received.update(signal_log.last_received)
-    return receiver, [Console(receiver, console)] if console else []
+    if not console_listener:
+        return receiver, []
+    console = Console(console_listener, ConsoleHandler, settings, most=WATCHERS)
+    console.receiver, console.figures = receiver, figures
+    return receiver, [console]
 
 
 def start_servers(receiver: Receiver, others: list[Server]) -> None:
