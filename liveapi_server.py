@@ -1496,18 +1496,13 @@ def from_to(least: float, most: float, kind: Callable[[str], float] = int) -> Ca
 PORT, SECONDS = from_to(0, 65535), from_to(0.001, 999999, float)
 
 
-def endpoint_path(text: str) -> str:
-    if not re.fullmatch(_PATH, text) or text == "/status":
-        raise argparse.ArgumentTypeError(f"{text} is no path for the endpoint: try /live")
-    return text
-
-
 def address(text: str) -> tuple[str, int]:
     host, _, number = text.rpartition(":")
     return host.strip("[]") or "127.0.0.1", PORT(number)
 
 
 def option(default: Any, metavar: str, text: str, kind: Callable[[str], Any] = str) -> Any:
+    text += "" if default is None else f" (default: {default})"
     return field(default=default, metadata={"metavar": metavar, "help": text, "type": kind})
 
 
@@ -1519,7 +1514,7 @@ class Settings:
     signals: Path = option(Path("signals"), "DIR", "where the signals go; made if missing", Path)
     host: str | None = option(None, "ADDR", "address to listen on (default: 127.0.0.1)")
     port: int | None = option(None, "N", "port; 0 picks a free one (default: 3014)", PORT)
-    path: str = option("/live", "PATH", "the endpoint's path", endpoint_path)
+    path: str = option("/live", "PATH", "the endpoint's path")
     tls_cert: Path | None = option(None, "FILE", "certificate chain in PEM: serve HTTPS", Path)
     tls_key: Path | None = option(None, "FILE", "the certificate's private key in PEM", Path)
     max_body: int = option(1 << 20, "BYTES", "larger bodies get 413", from_to(1, 1 << 30))
@@ -1529,7 +1524,9 @@ class Settings:
     segment_bytes: int = option(1 << 28, "N", "a segment this large is closed", from_to(1, 1 << 40))
     dedupe: int = option(65536, "N", "newest signals known for repeats", from_to(0, 1 << 30))
     console: tuple[str, int] | None = option(None, "[HOST:]PORT", "private listener (off)", address)
-    access_log: bool = option(False, "", "log a line for each request", bool)
+    access_log: bool = field(
+        default=False, metadata={"action": "store_true", "help": "log a line for each request"}
+    )
 
 
 def load_tls(settings: Settings) -> ssl.SSLContext | None:
@@ -1539,13 +1536,11 @@ def load_tls(settings: Settings) -> ssl.SSLContext | None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # The end that a handler finds when its socket was shut is no error of the client's.
-    context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+    context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)  # that of a socket we have shut
     try:
         context.load_cert_chain(cert or "", key or "", password="")
     except OSError as error:
-        files = f"--tls-cert {cert} and --tls-key {key}"
-        raise OperatorError(f"cannot serve TLS with {files}: {error}") from None
+        raise OperatorError(f"no TLS with --tls-cert {cert}, --tls-key {key}: {error}") from None
     return context
 
 
@@ -1555,16 +1550,13 @@ def open_listener(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, UnicodeError) as error:
-        sandboxed = getattr(error, "errno", 0) == errno.EAFNOSUPPORT
-        hint = "; a service listens by its .socket units: stop them, start it" * sandboxed
-        raise OperatorError(f"cannot listen on {host} port {port}: {error}{hint}") from None
+        hint = "the service listens by its .socket units"
+        raise OperatorError(f"cannot listen on {host} port {port}: {error} ({hint})") from None
 
 
 def address_of(listener: socket.socket) -> str:
-    name = listener.getsockname()
-    if listener.family == socket.AF_UNIX:
-        return f"unix:{os.fsdecode(name)}"
-    return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
+    host, port, *_ = listener.getsockname()
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def activated_listeners() -> dict[str, socket.socket]:
@@ -1599,7 +1591,7 @@ class StandardError(logging.Handler):
     The pipe is the queue. When it is full, for nobody reads it, lines are dropped and counted.
     """
 
-    fd, dropped = 2, 0
+    dropped = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -1608,10 +1600,6 @@ class StandardError(logging.Handler):
         os.close(spare)
         there = os.fstat(2)
         self.journal = os.environ.get("JOURNAL_STREAM") == f"{there.st_dev}:{there.st_ino}"
-        if stat.S_ISCHR(there.st_mode) or stat.S_ISFIFO(there.st_mode):
-            with contextlib.suppress(OSError):  # opened anew: not to block is nobody else's then
-                flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-                self.fd = os.open("/proc/self/fd/2", flags)
 
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)
@@ -1620,15 +1608,12 @@ class StandardError(logging.Handler):
         priority = {logging.INFO: 6, logging.WARNING: 4}.get(record.levelno, 3)
         start = f"<{priority}>" if self.journal else f"{now_rfc3339()} {record.levelname.lower()}: "
         lines = (start + text.replace("\n", "\n" + start)).encode(errors="backslashreplace")
-        try:
-            if not select.select((), (self.fd,), (), 0)[1]:
-                raise BlockingIOError
-            os.write(self.fd, lines[: select.PIPE_BUF - 1] + b"\n")  # there is room for so much
-            self.dropped = 0
-        except BlockingIOError:
-            self.dropped += 1
-        except OSError:
-            pass  # nobody can read it
+        with contextlib.suppress(OSError):  # nobody can read it
+            if select.select((), (2,), (), 0)[1]:
+                os.write(2, lines[: select.PIPE_BUF - 1] + b"\n")  # there is room for so much
+                self.dropped = 0
+            else:
+                self.dropped += 1
 
 
 def exit_on_defect(*_: Any) -> NoReturn:
@@ -1640,14 +1625,14 @@ def exit_on_defect(*_: Any) -> NoReturn:
 
 def open_servers(settings: Settings) -> tuple[Receiver, list[Server]]:
     """The receiver, with its log open, and the console if there is one; OperatorError."""
+    if not re.fullmatch(_PATH, settings.path) or settings.path == "/status":
+        raise OperatorError(f"--path {settings.path} is none for the endpoint: try /live")
     instances, tls, given = load_instances(settings.keys), load_tls(settings), activated_listeners()
     if "live" in given and (settings.host, settings.port) != (None, None):
         log.warning("--host and --port have no effect: systemd listens (see liveapi.socket)")
     port = 3014 if settings.port is None else settings.port
     listener = given.get("live") or open_listener(settings.host or "127.0.0.1", port)
-    console_listener = given.get("console") or (
-        settings.console and open_listener(*settings.console)
-    )
+    private = given.get("console") or (settings.console and open_listener(*settings.console))
     figures, path = Figures(), settings.signals
     signal_log = SignalLog(path, settings.dedupe, settings.segment_bytes, figures.committed)
     receiver = Receiver(settings, listener, signal_log, figures)
@@ -1666,58 +1651,31 @@ def open_servers(settings: Settings) -> tuple[Receiver, list[Server]]:
         reason = "another server is using it" if locked else error.strerror
         raise OperatorError(f"cannot open the log in {path}: {reason}") from None
     figures.received.update(signal_log.last_received)
-    if not console_listener:
+    if not private:
         return receiver, []
-    console = Console(console_listener, ConsoleHandler, settings, most=WATCHERS)
+    console = Console(private, ConsoleHandler, settings, most=WATCHERS)
     console.receiver, console.figures = receiver, figures
     return receiver, [console]
 
 
-def start_servers(receiver: Receiver, others: list[Server]) -> None:
-    """Have threads receive, tend the log, show the console, and keep house."""
-    threading.excepthook = exit_on_defect
-    threading.Thread(target=receiver.signal_log.run, daemon=True).start()
-    for server in (receiver, *others):
+def keep_house(receiver: Receiver, others: list[Server]) -> NoReturn:
+    """A thread's life: start the others, then look now and then at deadlines and the clock, and
+    tell the status. It takes all locks but the disk's: should one be held for good, there are no
+    more pings."""
+    settings, signal_log, servers = receiver.settings, receiver.signal_log, [receiver, *others]
+    watchdog = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 or NEVER
+    pause = min(SWEEP_SECONDS, settings.timeout / 5, settings.keepalive / 5, watchdog / 4)
+    threading.Thread(target=signal_log.run, daemon=True).start()
+    for server in servers:
         server.start_thread()
-    threading.Thread(target=keep_house, args=(receiver, others), daemon=True).start()
     names = ", ".join(names_of(receiver.instances))
-    log.info("ready on %s for %s; signals go to %s", receiver.url, names, receiver.settings.signals)
+    log.info("ready on %s for %s; signals go to %s", receiver.url, names, settings.signals)
     receiver.say_keys()
     for console in others:
         log.info("console on http://%s/", address_of(console.socket))
-
-
-def serve(settings: Settings) -> NoReturn:
-    """Receive signals until SIGTERM or SIGINT."""
-    hangup, ends = {signal.SIGHUP}, {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, hangup)
-    for each in ends:  # a start can take long, but is not waited for
-        signal.signal(each, lambda *_: os._exit(0))
-    receiver, others = open_servers(settings)
-    # Blocked in every thread and taken one by one below: none can be lost, none interrupts.
-    signal.pthread_sigmask(signal.SIG_BLOCK, ends)
-    start_servers(receiver, others)
     notify("READY=1")
-    while (number := signal.sigwait(hangup | ends)) == signal.SIGHUP:
-        reload(receiver)
-    notify("STOPPING=1\nSTATUS=finishing what is in flight")
-    log.info("stopping on %s", signal.Signals(number).name)
-    if not receiver.stop():
-        log.warning("stopped with %d connections unfinished", len(receiver.handlers))
-    log.info("stopped: %s", receiver.figures.summary())
-    os._exit(0)  # threads that wait, be it for a disk that hangs, end with it
-
-
-def keep_house(receiver: Receiver, others: list[Server]) -> NoReturn:
-    """A thread's life: look now and then at deadlines and the clock, and tell the status.
-
-    It takes all locks but the disk's: should one be held for good, there are no more pings.
-    """
-    settings, signal_log = receiver.settings, receiver.signal_log
-    watchdog = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 or NEVER
-    pause = min(SWEEP_SECONDS, settings.timeout / 5, settings.keepalive / 5, watchdog / 4)
     while True:
-        for server in (receiver, *others):
+        for server in servers:
             server.sweep()
         if signal_log.is_due():
             signal_log.untended.set()
@@ -1732,18 +1690,33 @@ def keep_house(receiver: Receiver, others: list[Server]) -> NoReturn:
         time.sleep(pause)
 
 
-def reload(receiver: Receiver) -> None:
-    """Take the keys and the TLS files anew; what is faulty leaves the old ones in force."""
-    notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-    try:
-        instances, tls = load_instances(receiver.settings.keys), load_tls(receiver.settings)
-        receiver.instances, receiver.tls, receiver.not_reloaded = instances, tls, ""
-        log.info("reloaded: receiving for %s", ", ".join(names_of(receiver.instances)))
-        receiver.say_keys()
-    except OperatorError as error:
-        receiver.not_reloaded = f"; NOT RELOADED ({error})"
-        log.error("not reloaded, the old keys and certificates stay in force: %s", error)
-    notify("READY=1")
+def serve(settings: Settings) -> NoReturn:
+    """Receive signals until SIGTERM or SIGINT; at SIGHUP take keys and TLS files anew."""
+    hangup, ends = {signal.SIGHUP}, {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, hangup)
+    for each in ends:  # a start can take long, but is not waited for
+        signal.signal(each, lambda *_: os._exit(0))
+    receiver, others = open_servers(settings)
+    # Blocked in every thread and taken one by one below: none can be lost, none interrupts.
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+    threading.Thread(target=keep_house, args=(receiver, others), daemon=True).start()
+    while (number := signal.sigwait(hangup | ends)) == signal.SIGHUP:
+        notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            instances, tls = load_instances(settings.keys), load_tls(settings)
+            receiver.instances, receiver.tls, receiver.not_reloaded = instances, tls, ""
+            log.info("reloaded: receiving for %s", ", ".join(names_of(instances)))
+            receiver.say_keys()
+        except OperatorError as error:
+            receiver.not_reloaded = f"; NOT RELOADED ({error})"
+            log.error("not reloaded, the old keys and certificates stay in force: %s", error)
+        notify("READY=1")
+    notify("STOPPING=1\nSTATUS=finishing what is in flight")
+    log.info("stopping on %s", signal.Signals(number).name)
+    if not receiver.stop():
+        log.warning("stopped with %d connections unfinished", len(receiver.handlers))
+    log.info("stopped: %s", receiver.figures.summary())
+    os._exit(0)  # threads that wait, be it for a disk that hangs, end with it
 
 
 # ---- 9  Commands: serve, check, demo -------------------------------------------------------------
@@ -1877,7 +1850,7 @@ def demo(*, console: bool) -> int:
         (keys / f"demo.{half}").write_text(secrets.token_hex(32))
     address = ("127.0.0.1", 0) if console else None
     receiver, others = open_servers(Settings(keys=keys, signals=signals, port=0, console=address))
-    start_servers(receiver, others)
+    threading.Thread(target=keep_house, args=(receiver, others), daemon=True).start()
     print("\nplaying the Live API against a receiver with throw-away keys\n", flush=True)
     (pair,) = receiver.instances.values()
     api, acknowledged = LiveAPI(receiver.url), []
@@ -1916,14 +1889,10 @@ def parse_arguments(words: list[str]) -> dict[str, Any]:
     parser = _Parser(prog="liveapi_server.py", description=about, epilog=after, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     add = functools.partial(commands.add_parser, allow_abbrev=False)
-    serving = add("serve", help="receive signals (the default)")
+    defaults = argparse.SUPPRESS  # are those of Settings
+    serving = add("serve", help="receive signals (the default)", argument_default=defaults)
     for each in dataclasses.fields(Settings):
-        how = dict(each.metadata, default=each.default)
-        if each.default is False:
-            how = {"action": "store_true", "help": how["help"]}
-        elif each.default is not None:
-            how["help"] += f" (default: {each.default})"
-        serving.add_argument("--" + each.name.replace("_", "-"), **how)
+        serving.add_argument("--" + each.name.replace("_", "-"), **each.metadata)
     serving.add_argument("--version", action="version", version=f"liveapi_server {__version__}")
     checking = add("check", help="play the Live API's side against an endpoint")
     checking.add_argument("url", metavar="URL", help="the endpoint, as the Dashboard has it")
@@ -1941,6 +1910,7 @@ def main() -> int:
     if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help")):
         words.insert(0, "serve")
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[StandardError()])
+    threading.excepthook = exit_on_defect
     os.umask(0o027)  # the segments' mode is 0640
     try:
         arguments = parse_arguments(words)
