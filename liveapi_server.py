@@ -1733,67 +1733,69 @@ CALL_SECONDS = 10.0  # for an answer to a call of check or demo
 
 def make_signal(kind: str) -> bytes:
     """A signal as the Live API would send it, unlike any other."""
-    who = {"userID": "user@example.com", "deviceID": secrets.token_hex(16)}
-    data, now = {"id": secrets.token_hex(12), **who}, time.time_ns() // 1_000_000
-    kind = f"re.notifica.event.{kind}"
-    envelope = {"service": "liveapi_server", "type": kind, "data": data, "timestamp": now}
-    return json.dumps(envelope, separators=(",", ":")).encode()
+    data = {"id": secrets.token_hex(12), "userID": "user@example.com"}
+    body: dict[str, Any] = {"service": "liveapi_server", "type": f"re.notifica.event.{kind}"}
+    body |= {"data": data, "timestamp": time.time_ns() // 1_000_000}
+    return json.dumps(body, separators=(",", ":")).encode()
 
 
 class LiveAPI:
     """The Live API's side of the wire: calls an endpoint, and prints a line for each call."""
 
-    connection: http.client.HTTPConnection
+    calls = failed = 0
 
     def __init__(self, url: str, *, insecure: bool = False) -> None:
         try:
             parts = urlsplit(url)
             host, port = (parts.hostname or "").encode("idna").decode(), parts.port
-            if not host or not re.fullmatch("[!-~]+", url) or parts.scheme not in ("http", "https"):
+            if not host or not re.fullmatch("(?i)https?://[!-~]+", url):
                 raise ValueError
         except ValueError:
             raise OperatorError(f"{url!r} is no endpoint: give it as https://HOST/live") from None
-        if parts.scheme == "http":
-            self.connection = http.client.HTTPConnection(host, port, CALL_SECONDS)
-        else:
-            tls = ssl._create_unverified_context() if insecure else ssl.create_default_context()
-            self.connection = http.client.HTTPSConnection(
-                host, port, timeout=CALL_SECONDS, context=tls
-            )
-        self.url, self.calls, self.failed = url, 0, 0
+        tls = ssl._create_unverified_context() if insecure else ssl.create_default_context()
+        secure = functools.partial(http.client.HTTPSConnection, context=tls)
+        connect = secure if parts.scheme == "https" else http.client.HTTPConnection
+        self.connection: http.client.HTTPConnection = connect(host, port, timeout=CALL_SECONDS)
+        self.url = url
         self.target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
 
     def verify(self, what: str, pair: Instance) -> None:
         challenge = secrets.token_urlsafe(24) + " +/="
         query = ("&" if "?" in self.target else "?") + "challenge=" + quote(challenge, safe="")
-        wanted = Answer(200, pair.sign(challenge.encode()))
-        self.call(what, wanted, pair.public_key, b"", b"", query)
+        signed = Answer(200, pair.sign(challenge.encode()))
+        self.call(what, signed, pair.public_key, b"", b"", query)
 
-    def send(self, what: str, pair: Instance, payload: bytes, *, encrypted: bool = False) -> bool:
-        body = pair.encrypt(payload) if encrypted else payload
+    def send(self, what: str, pair: Instance, body: bytes) -> bool:
         return self.call(what, ACCEPTED, pair.public_key, body, pair.sign(body))
 
     def call(
         self, what: str, wanted: Answer, key: bytes, body: bytes, proof: bytes, query: str = ""
     ) -> bool:
         """POST a body or GET, print what came of it; True if the answer is as wanted."""
-        started = time.monotonic()
+        started, ok, answer = time.monotonic(), False, ""
         headers = {"Content-Type": "application/json", PUBLIC_KEY.decode(): key.decode()}
         if proof:
             headers[SIGNATURE.decode()] = proof.decode()
-        method, target = "POST" if body else "GET", self.target + query
+        method = "POST" if body else "GET"
         try:
-            self.connection.request(method, target, body or None, headers)
+            self.connection.request(method, self.target + query, body or None, headers)
             response = self.connection.getresponse()
             said = response.read()
             ok = (response.status, said) == (wanted.status, wanted.body)
             answer = f"{response.status} {repr(said[:60])[2:-1]}"  # nothing that moves a cursor
-        except (OSError, http.client.HTTPException) as error:
+        except ssl.SSLCertVerificationError as error:
+            why = f"the certificate is not trusted: {error.verify_message} (--insecure trusts any)"
+        except ssl.SSLError as error:
+            why = f"it does not speak TLS; try http:// ({error.args[-1]})"
+        except (http.client.HTTPException, ConnectionResetError):
+            why = "it does not speak HTTP; if it speaks TLS, try https://"
+        except OSError as error:
+            why = str(error)
+        if not answer:
             self.connection.close()
-            why = why_no_answer(error)
             if not self.calls:
-                raise ConnectionError(f"nothing answers at {self.url}: {why}") from None
-            ok, answer = False, f"no answer: {why}"
+                raise SystemExit(f"FAILED: nothing answers at {self.url}: {why}")
+            answer = f"no answer: {why}"
         self.calls += 1
         self.failed += not ok
         took, verdict = (time.monotonic() - started) * 1000, "ok" if ok else "FAILED"
@@ -1801,42 +1803,24 @@ class LiveAPI:
         return ok
 
 
-def why_no_answer(error: Exception) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"the certificate is not trusted: {error.verify_message} (--insecure trusts any)"
-    if isinstance(error, ssl.SSLError):
-        return f"it does not speak TLS; try http:// ({error.args[-1]})"
-    if isinstance(error, (http.client.HTTPException, ConnectionResetError)):
-        return "it does not speak HTTP; if it speaks TLS, try https://"
-    return str(error)
-
-
 def check(url: str, keys: Path, name: str | None, *, insecure: bool) -> int:
     """Play the Live API's side against an endpoint; the exit status."""
-    instances = load_instances(keys)
+    instances, api = load_instances(keys), LiveAPI(url, insecure=insecure)
     pairs = [each for each in instances.values() if name in (None, each.name)]
     if not pairs:
         raise OperatorError(f"no instance {name} in {keys}: {', '.join(names_of(instances))}?")
-    api = LiveAPI(url, insecure=insecure)
-    try:
-        for pair in pairs:
-            first, second = (make_signal("custom.liveapi_check") for _ in range(2))
-            who, key, proof = pair.name, pair.public_key, pair.sign(first)
-            api.verify(f"{who}: Verify: a challenge", pair)
-            api.send(f"{who}: a signed signal", pair, first)
-            api.send(f"{who}: the same signal again", pair, first)
-            api.send(f"{who}: an encrypted signal", pair, second, encrypted=True)
-            api.call(f"{who}: a tampered body", WRONG_SIGNATURE, key, first + b" ", proof)
-            api.call(f"{who}: an unsigned body", MISSING, key, first, b"")
-            stranger = secrets.token_hex(32).encode()
-            api.call(f"{who}: an unknown public key", UNKNOWN_KEY, stranger, first, proof)
-        if api.failed:
-            raise ConnectionError(f"{api.failed} of {api.calls} answers are not as they should be")
-    except BrokenPipeError:  # of our own output
-        raise
-    except ConnectionError as error:
-        print(f"FAILED: {error}")
-        return 1
+    for pair in pairs:
+        first, second = (make_signal("custom.liveapi_check") for _ in range(2))
+        who, key, proof = pair.name, pair.public_key, pair.sign(first)
+        api.verify(f"{who}: Verify: a challenge", pair)
+        api.send(f"{who}: a signed signal", pair, first)
+        api.send(f"{who}: the same signal again", pair, first)
+        api.send(f"{who}: an encrypted signal", pair, pair.encrypt(second))
+        api.call(f"{who}: a tampered body", WRONG_SIGNATURE, key, first + b" ", proof)
+        api.call(f"{who}: an unsigned body", MISSING, key, first, b"")
+        api.call(f"{who}: an unknown public key", UNKNOWN_KEY, b"unknown", first, proof)
+    if api.failed:
+        raise SystemExit(f"FAILED: {api.failed} of {api.calls} answers are not as they should be")
     print("ok: all as it should be. Whether these are the Dashboard's keys, only its Verify tells.")
     return 0
 
@@ -1857,10 +1841,10 @@ def demo(*, console: bool) -> int:
     api.verify("Verify: a challenge", pair)
     for kind, encrypted in itertools.product(DOCUMENTED_TYPES, (False, True)):
         payload = make_signal(kind)
-        if api.send(kind + ", encrypted" * encrypted, pair, payload, encrypted=encrypted):
+        body = pair.encrypt(payload) if encrypted else payload
+        if api.send(kind + ", encrypted" * encrypted, pair, body):
             acknowledged.append(signal_id(payload).hex())
-    segments = sorted(signals.glob("*.jsonl"))  # more than one, should midnight have come
-    lines = "".join(each.read_text() for each in segments).splitlines()
+    lines = "".join(each.read_text() for each in sorted(signals.glob("*.jsonl"))).splitlines()
     stored = Counter(json.loads(line)["id"] for line in lines)
     missing = sum(stored[each] != 1 for each in acknowledged)
     print(f"\nthe last of {len(lines)} stored lines:\n", *lines[-3:], sep="\n  ")
@@ -1871,8 +1855,7 @@ def demo(*, console: bool) -> int:
         print(f"http://{address_of(server.socket)}/", flush=True)
         with contextlib.redirect_stdout(None), contextlib.suppress(KeyboardInterrupt):
             while True:
-                kind, encrypted = secrets.choice(DOCUMENTED_TYPES), secrets.randbelow(5) == 0
-                api.send(kind, pair, make_signal(kind), encrypted=encrypted)
+                api.send("made up", pair, make_signal(secrets.choice(DOCUMENTED_TYPES)))
                 time.sleep(secrets.randbelow(1000) / 1000)
     receiver.stop()
     return 1 if missing or api.failed else 0
@@ -1883,13 +1866,17 @@ class _Parser(argparse.ArgumentParser):
         raise OperatorError(f"{message}; see {self.prog} --help")
 
 
-def parse_arguments(words: list[str]) -> dict[str, Any]:
+def main() -> int:
+    """Run a command; the exit status: 0, 2 for a mistake in how it was started, 1 otherwise."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[StandardError()])
+    threading.excepthook = exit_on_defect
+    os.umask(0o027)  # the segments' mode is 0640
     about = (__doc__ or "").partition("\n")[0]
     after = "Options of serve, the default command: liveapi_server.py serve --help"
     parser = _Parser(prog="liveapi_server.py", description=about, epilog=after, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     add = functools.partial(commands.add_parser, allow_abbrev=False)
-    defaults = argparse.SUPPRESS  # are those of Settings
+    defaults = argparse.SUPPRESS  # they are those of Settings
     serving = add("serve", help="receive signals (the default)", argument_default=defaults)
     for each in dataclasses.fields(Settings):
         serving.add_argument("--" + each.name.replace("_", "-"), **each.metadata)
@@ -1901,19 +1888,11 @@ def parse_arguments(words: list[str]) -> dict[str, Any]:
     checking.add_argument("--insecure", action="store_true", help="trust any certificate")
     showing = add("demo", help="see it work: no keys, no account, one command")
     showing.add_argument("--console", action="store_true", help="go on, and show the console")
-    return vars(parser.parse_args(words))
-
-
-def main() -> int:
-    """Run a command; the exit status: 0, 2 for a mistake in how it was started, 1 otherwise."""
     words = sys.argv[1:]
     if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help")):
         words.insert(0, "serve")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[StandardError()])
-    threading.excepthook = exit_on_defect
-    os.umask(0o027)  # the segments' mode is 0640
     try:
-        arguments = parse_arguments(words)
+        arguments = vars(parser.parse_args(words))
         command = arguments.pop("command")
         if command == "serve":
             serve(Settings(**arguments))
@@ -1921,11 +1900,8 @@ def main() -> int:
     except OperatorError as error:
         log.error("%s", error)
         return 2
-    except KeyboardInterrupt:
-        return 1
-    except BrokenPipeError:  # check | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
+    except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C; check | head
+        os._exit(1)
 
 
 if __name__ == "__main__":
