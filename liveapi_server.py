@@ -1421,6 +1421,7 @@ class ConsoleHandler(StrictHandler):
 def console_status(receiver: Receiver) -> dict[str, Any]:
     """What the console's /status and its page say, and /metrics in its own way."""
     figures, trouble = receiver.figures, receiver.signal_log.trouble
+    open_now, size = len(receiver.handlers), receiver.signal_log.place[2]
 
     def known_of(name: str) -> dict[str, Any]:
         known: dict[str, Any] = {"instance": name, "last_verify_at": figures.verified.get(name)}
@@ -1433,8 +1434,7 @@ def console_status(receiver: Receiver) -> dict[str, Any]:
         status: dict[str, Any] = {"status": "unavailable" if trouble else "ok"}
         status |= {"reason": trouble or None, "version": __version__, "started_at": figures.started}
         status |= {"endpoint": receiver.url, "segment": CURRENT}
-        status |= {"segment_bytes": receiver.signal_log.place[2]}
-        status |= {"connections": len(receiver.handlers)}
+        status |= {"segment_bytes": size, "connections": open_now}
         status |= {"instances": [known_of(name) for name in names_of(receiver.instances)]}
         return status | {"refused": known_of("")["refused"], "refusals": list(figures.refusals)}
 
@@ -1484,26 +1484,20 @@ class Console(Server):
 # ---- 8  Life: options, systemd, reload, stop -----------------------------------------------------
 
 
-def from_to(least: float, most: float, kind: Callable[[str], float] = int) -> Callable[[str], Any]:
-    def number(text: str) -> float:
-        if not least <= (value := kind(text)) <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
+def address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    return host.strip("[]") or "127.0.0.1", int(port)
+
+
+def option(default: Any, metavar: str, text: str, kind: Any = str, *limits: float) -> Any:
+    def number(word: str) -> Any:
+        if not limits[0] <= (value := kind(word)) <= limits[1]:
+            raise argparse.ArgumentTypeError(f"{word} is not from {limits[0]} to {limits[1]}")
         return value
 
-    return number
-
-
-PORT, SECONDS = from_to(0, 65535), from_to(0.001, 999999, float)
-
-
-def address(text: str) -> tuple[str, int]:
-    host, _, number = text.rpartition(":")
-    return host.strip("[]") or "127.0.0.1", PORT(number)
-
-
-def option(default: Any, metavar: str, text: str, kind: Callable[[str], Any] = str) -> Any:
     text += "" if default is None else f" (default: {default})"
-    return field(default=default, metadata={"metavar": metavar, "help": text, "type": kind})
+    how = {"metavar": metavar, "help": text, "type": number if limits else kind}
+    return field(default=default, metadata=how)
 
 
 @dataclass(frozen=True)
@@ -1513,16 +1507,16 @@ class Settings:
     keys: Path = option(Path("keys"), "DIR", "the key pairs, NAME.public and NAME.private", Path)
     signals: Path = option(Path("signals"), "DIR", "where the signals go; made if missing", Path)
     host: str | None = option(None, "ADDR", "address to listen on (default: 127.0.0.1)")
-    port: int | None = option(None, "N", "port; 0 picks a free one (default: 3014)", PORT)
+    port: int | None = option(None, "N", "port; 0 picks a free one (default: 3014)", int)
     path: str = option("/live", "PATH", "the endpoint's path")
     tls_cert: Path | None = option(None, "FILE", "certificate chain in PEM: serve HTTPS", Path)
     tls_key: Path | None = option(None, "FILE", "the certificate's private key in PEM", Path)
-    max_body: int = option(1 << 20, "BYTES", "larger bodies get 413", from_to(1, 1 << 30))
-    max_connections: int = option(512, "N", "open connections at once", from_to(1, 100000))
-    timeout: float = option(10.0, "SECONDS", "for a request, a handshake, an answer", SECONDS)
-    keepalive: float = option(75.0, "SECONDS", "idle time between requests", SECONDS)
-    segment_bytes: int = option(1 << 28, "N", "a segment this large is closed", from_to(1, 1 << 40))
-    dedupe: int = option(65536, "N", "newest signals known for repeats", from_to(0, 1 << 30))
+    max_body: int = option(1 << 20, "BYTES", "larger bodies get 413", int, 1, 1 << 30)
+    max_connections: int = option(512, "N", "open connections at once", int, 1, 100000)
+    timeout: float = option(10.0, "SECONDS", "for a request, handshake, answer", float, 0.001, 1e6)
+    keepalive: float = option(75.0, "SECONDS", "idle time between requests", float, 0.001, 1e6)
+    segment_bytes: int = option(1 << 28, "N", "a segment this large is closed", int, 1, 1 << 40)
+    dedupe: int = option(65536, "N", "newest signals known for repeats", int, 0, 1 << 30)
     console: tuple[str, int] | None = option(None, "[HOST:]PORT", "private listener (off)", address)
     access_log: bool = field(
         default=False, metadata={"action": "store_true", "help": "log a line for each request"}
@@ -1549,7 +1543,7 @@ def open_listener(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=1024)
-    except (OSError, UnicodeError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         hint = "the service listens by its .socket units"
         raise OperatorError(f"cannot listen on {host} port {port}: {error} ({hint})") from None
 
@@ -1586,10 +1580,8 @@ def notify(state: str) -> None:
 
 
 class StandardError(logging.Handler):
-    """Log lines: with a time, or for the journal with a priority (sd-daemon(3)).
-
-    The pipe is the queue. When it is full, for nobody reads it, lines are dropped and counted.
-    """
+    """Log lines: with a time, or for the journal with a priority (sd-daemon(3)). The pipe is the
+    queue: when it is full, for nobody reads it, lines are dropped and counted."""
 
     dropped = 0
 
@@ -1630,9 +1622,9 @@ def open_servers(settings: Settings) -> tuple[Receiver, list[Server]]:
     instances, tls, given = load_instances(settings.keys), load_tls(settings), activated_listeners()
     if "live" in given and (settings.host, settings.port) != (None, None):
         log.warning("--host and --port have no effect: systemd listens (see liveapi.socket)")
+    private = given.get("console") or (settings.console and open_listener(*settings.console))
     port = 3014 if settings.port is None else settings.port
     listener = given.get("live") or open_listener(settings.host or "127.0.0.1", port)
-    private = given.get("console") or (settings.console and open_listener(*settings.console))
     figures, path = Figures(), settings.signals
     signal_log = SignalLog(path, settings.dedupe, settings.segment_bytes, figures.committed)
     receiver = Receiver(settings, listener, signal_log, figures)
