@@ -1260,21 +1260,19 @@ CONSOLE_PAGE = r"""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style>
 :root { color-scheme: light dark; font: 15px/1.6 system-ui, sans-serif; overflow-wrap: anywhere }
-body { margin: 0 1rem; background: Canvas } h1, h2, dd { margin: 0; font-size: 1em }
+body { margin: 0 1rem; background: Canvas } h1, dd { margin: 0; font-size: 1em }
 .good { color: light-dark(#14804e, #4cc38a) } .bad { color: light-dark(#c0262d, #ff8080) }
 .bar { padding: .8rem 0; display: flex; flex-wrap: wrap; gap: .2rem 1rem; align-items: center }
-dd, output { font-weight: 600 } input, h2 { flex: 1; width: 0 } pre { white-space: pre-wrap }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.7rem, 1fr)); gap: 0 1rem }
-table { width: 100%; table-layout: fixed } td, th { vertical-align: top; text-align: left }
+dd, output { font-weight: 600 } input { flex: 1; width: 0 } pre { white-space: pre-wrap }
+dl, #names, #rows summary { display: grid; grid: auto / repeat(4, 1fr); gap: 0 1rem }
+dl { grid: auto / repeat(auto-fit, minmax(9.7rem, 1fr)) } summary { cursor: pointer }
 </style>
 <header class="bar"><h1>Live API receiver</h1><output id="state">Connecting</output></header><main>
 <div id="figures"></div><details><summary>Last refusals</summary><pre id="refusals"></pre></details>
 <div class="bar"><input id="filter" type="search" placeholder="Filter" aria-label="Filter">
   <button id="pause">Pause</button><span id="count"></span></div>
-<table aria-label="Signals, newest first"><thead><tr><th id="zone"><th>Instance<th>Type
-  <th>User or device</thead><tbody id="rows"></table></main>
-<dialog id="detail" closedby="any" aria-labelledby="title"><form class="bar" method="dialog">
-  <h2 id="title"></h2><button>Close</button></form><pre id="whole" tabindex="0"></pre></dialog>
+<div id="names"><b id="zone"></b><b>Instance</b><b>Type</b><b>User or device</b></div>
+<div id="rows"></div></main>
 <script>
 'use strict';  // A signal is text that strangers write: it enters this page as text, never as HTML.
 const $ = id => document.getElementById(id), count = number => number.toLocaleString();
@@ -1292,17 +1290,17 @@ function take({ data: line }) {
   const key = received_at + instance + id, who = brief(data.userID) || brief(data.deviceID);
   if (seen.has(key)) return;  // a new connection brings the last hundred lines again
   if (seen.add(key).size > 2000) seen.delete(seen.values().next().value);
-  const type = el('button', brief(signal.type).replace('re.notifica.event.', '') || '(no type)');
-  const row = el('tr', ...[time(received_at), instance, type, who].map(cell => el('td', cell)));
-  const text = [line, JSON.stringify(signal), row.textContent].join(' ').toLowerCase();
+  const type = brief(signal.type).replace('re.notifica.event.', '') || '(no type)';
+  const cells = [time(received_at), instance, type, who].map(cell => el('span', cell));
   const late = (Date.parse(received_at) - parseFloat(brief(signal.timestamp))) / 1000;
-  const delay = isFinite(late) ? `${count(late)} seconds after its timestamp` : 'no timestamp';
-  Object.assign(row, { line, text, about: `Received ${time(received_at)}, ${delay}` });
+  const delay = el('p', `Seconds from timestamp to receipt: ${isFinite(late) ? count(late) : '-'}`);
+  const row = el('details', el('summary', ...cells), delay, el('pre', plain(line)));
+  row.text = (row.textContent + JSON.stringify(signal)).toLowerCase();
   waiting = newest([row, ...waiting]);
 }
 function draw() {
   if (!paused) $('rows').prepend(...waiting.splice(0));
-  const rows = [...$('rows').rows], kept = newest(rows);
+  const rows = [...$('rows').children], kept = newest(rows);
   for (const row of rows.slice(kept.length)) row.remove();
   const words = $('filter').value.toLowerCase().split(/\s+/);
   for (const row of kept) row.hidden = !words.every(word => row.text.includes(word));
@@ -1335,10 +1333,6 @@ async function look() {  // the stream comes back by itself, unless it was refus
   $('refusals').textContent = refusals.reverse().map(
     ({ at, instance, reason }) => `${time(at)}  ${instance || '-'}  ${reason}`).join('\n');
 }
-$('rows').onclick = event => {
-  const { about, line } = event.target.closest('tr');
-  $('title').textContent = about; $('whole').textContent = plain(line); $('detail').showModal();
-};
 $('filter').oninput = draw; $('pause').onclick = () => { paused = !paused; draw(); };
 $('zone').textContent = `Received (${Intl.DateTimeFormat().resolvedOptions().timeZone})`;
 draw(); setInterval(() => waiting.length && draw(), 200);  // thousands do not make it slow

@@ -44,13 +44,16 @@ class Page:
     def find(self, css: str) -> WebElement:
         return self.driver.find_element(By.CSS_SELECTOR, css)
 
+    def all(self, css: str) -> list[WebElement]:
+        return self.driver.find_elements(By.CSS_SELECTOR, css)
+
     def text(self, identifier: str) -> str:
         return self.run("return document.getElementById(arguments[0]).textContent", identifier)
 
     def column(self, number: int) -> list[str]:
         """Of the rows that are shown, the top one first: received, instance, type, or user."""
-        shown = "document.querySelectorAll('#rows tr:not([hidden])')"
-        return self.run(f"return [...{shown}].map(row => row.cells[{number}].textContent)")
+        cells = "[...document.querySelectorAll('#rows > :not([hidden]) summary')]"
+        return self.run(f"return {cells}.map(row => row.children[{number}].textContent)")
 
     def types(self) -> list[str]:
         return self.column(2)
@@ -78,12 +81,14 @@ class Page:
         enough = self.run(asked) + times
         self.until(lambda: self.run(asked) >= enough)
 
-    def whole(self, row: int) -> str:
-        """The line of a row as a click on the row shows it; the dialog is closed again."""
-        self.run("document.querySelectorAll('#rows td:last-child')[arguments[0]].click()", row)
-        shown = self.text("whole")
-        self.find("#detail button").click()
-        assert not self.find("#detail").is_displayed()
+    def whole(self, row: int) -> list[str]:
+        """The delay and the line of a row, as a click on it shows them; it is closed again."""
+        self.run("rows.children[arguments[0]].firstChild.click()", row)
+        inside = "#rows > [open] > :not(summary)"
+        shown = [
+            each.get_property("textContent") for each in self.all(inside) if each.is_displayed()
+        ]
+        self.run("rows.children[arguments[0]].firstChild.click()", row)
         return shown
 
     def filter(self, text: str) -> None:
