@@ -451,17 +451,14 @@ LINE = re.compile(
 
 def parse_line(line: bytes) -> tuple[str, str, bytes] | None:
     """When received, instance and id of a line without its newline; None if it is damaged."""
-    match = LINE.fullmatch(line)
-    if not match:
-        return None
-    identity = bytes.fromhex(match[3].decode())
-    try:
-        datetime.fromisoformat(match[1].decode())
-        if signal_id(match[4]) != identity:  # a payload that was put on one line, or a damaged one
-            parse_object(line)
-    except (Refusal, ValueError):
-        return None
-    return match[1].decode(), match[2].decode(), identity
+    if match := LINE.fullmatch(line):
+        received_at, identity = match[1].decode(), bytes.fromhex(match[3].decode())
+        with contextlib.suppress(Refusal, ValueError):
+            datetime.fromisoformat(received_at)
+            if signal_id(match[4]) != identity:  # it was put on one line, or is damaged
+                parse_object(line)
+            return received_at, match[2].decode(), identity
+    return None
 
 
 # ---- 4  Signal log: batch, write, sync; what a crash leaves and how it is mended -----------------
@@ -528,9 +525,7 @@ class SignalLog:
     """The log of all instances. Any number of threads may offer() lines and then commit(): one of
     them commits at a time, and what the others offer meanwhile is the next batch."""
 
-    def __init__(
-        self, directory: Path, window: int, segment_bytes: int, committed: Callable[..., None]
-    ) -> None:
+    def __init__(self, directory: Path, window: int, segment_bytes: int, committed: Any) -> None:
         self.prefix = f"{directory}/"  # joining paths by pathlib takes as long as the call itself
         self.current, self.segment_bytes = self.prefix + CURRENT, segment_bytes
         self.committed = committed  # told of each batch: its entries, whether stored, seconds
@@ -906,9 +901,7 @@ class Server(socketserver.BaseServer):
     figures: Figures
     routes: dict[str, tuple[str, ...]]  # the methods of each path
 
-    def __init__(
-        self, listener: socket.socket, handler: Any, settings: Settings, *, most: int
-    ) -> None:
+    def __init__(self, listener: socket.socket, handler: Any, settings: Settings, most: int):
         super().__init__(listener.getsockname(), handler)
         self.socket, self.settings, self.most = listener, settings, most
         self.room = threading.Condition()  # guards the next two; held for microseconds
@@ -1235,7 +1228,7 @@ class Receiver(Server):
     def __init__(
         self, settings: Settings, listener: socket.socket, signal_log: SignalLog, figures: Figures
     ) -> None:
-        super().__init__(listener, SignalHandler, settings, most=settings.max_connections)
+        super().__init__(listener, SignalHandler, settings, settings.max_connections)
         self.signal_log, self.figures = signal_log, figures
         self.routes = {settings.path: ("GET", "HEAD", "POST"), "/status": ("GET", "HEAD")}
         scheme = "https" if settings.tls_cert else "http"
@@ -1639,7 +1632,7 @@ def open_servers(settings: Settings) -> tuple[Receiver, list[Server]]:
     figures.received.update(signal_log.last_received)
     if not private:
         return receiver, []
-    console = Console(private, ConsoleHandler, settings, most=WATCHERS)
+    console = Console(private, ConsoleHandler, settings, WATCHERS)
     console.receiver, console.figures = receiver, figures
     return receiver, [console]
 
