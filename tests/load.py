@@ -29,10 +29,11 @@ class Load:
     port: int
     connections: int = 6
     size: int = 0  # bytes of ballast in each signal
+    kept: bool = True  # connections; else each request has a new one
     sent: set[str] = field(default_factory=set)
     acknowledged: set[str] = field(default_factory=set)
     answers: Counter[int] = field(default_factory=Counter)
-    cut_off: int = 0
+    cut_off: Counter[str] = field(default_factory=Counter)  # requests, by the error
     faults: list[str] = field(default_factory=list)
     finishing: bool = False
     aborting: bool = False
@@ -75,11 +76,12 @@ class Load:
                 self.faults.append(f"no 200 within {GIVE_UP} s")
                 return False
             try:
-                connection.request("POST", "/live", body, pair.headers(body))
+                headers = pair.headers(body) | ({} if self.kept else {"connection": "close"})
+                connection.request("POST", "/live", body, headers)
                 response = connection.getresponse()
                 text = response.read()
-            except (OSError, http.client.HTTPException):
-                self.cut_off += 1
+            except (OSError, http.client.HTTPException) as error:
+                self.cut_off[type(error).__name__] += 1
                 connection.close()  # the next request opens it again
                 time.sleep(0.01)
                 continue
@@ -100,18 +102,24 @@ class Counts(NamedTuple):
     cut_off: int  # requests
 
 
-def balance(load: Load, signals: Path) -> Counts:
-    """Every signal of a load that has ended is acknowledged and stored, once, in a whole line."""
-    assert load.faults == []
-    assert load.sent == load.acknowledged
+def times_stored(segments: list[Path]) -> Counter[str]:
+    """How often these hold each id, in whole lines."""
     stored: Counter[str] = Counter()
-    segments = list(signals.glob("*.jsonl"))
     for path in segments:
         *lines, rest = path.read_bytes().split(b"\n")
         assert rest == b"", f"{path.name} has a torn tail"
         stored.update(json.loads(line)["id"] for line in lines)
+    return stored
+
+
+def balance(load: Load, signals: Path) -> Counts:
+    """Every signal of a load that has ended is acknowledged and stored, once, in a whole line."""
+    assert load.faults == []
+    assert load.sent == load.acknowledged
+    segments = list(signals.glob("*.jsonl"))
+    stored = times_stored(segments)
     assert load.acknowledged - stored.keys() == set(), "lost"
     assert stored.keys() - load.sent == set(), "never sent"
     assert [each for each in stored if stored[each] > 1] == [], "doubled"
     assert stored
-    return Counts(len(stored), len(segments), load.cut_off)
+    return Counts(len(stored), len(segments), load.cut_off.total())

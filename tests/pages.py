@@ -8,13 +8,17 @@ import textwrap
 from harness import ROOT
 
 
+def section(heading: str, page: str = "README.md") -> str:
+    """What stands below a heading of the page, up to the next."""
+    text = (ROOT / page).read_text()
+    found = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
+    assert found, f"{page} has no heading {heading!r}"
+    return found[1]
+
+
 def examples(heading: str = "", page: str = "README.md", language: str = "sh") -> list[str]:
     """The page's fenced blocks in `language`; with a heading, those below it up to the next."""
-    text = (ROOT / page).read_text()
-    if heading:
-        section = re.search(rf"^#+ {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
-        assert section, f"{page} has no heading {heading!r}"
-        text = section[1]
+    text = section(heading, page) if heading else (ROOT / page).read_text()
     fenced = re.compile(rf"^ *```{language}\n(.*?)^ *```$", re.M | re.S)
     found = [textwrap.dedent(block) for block in fenced.findall(text)]
     assert found, f"{page} has no {language} below the heading {heading!r}"

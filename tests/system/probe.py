@@ -49,16 +49,16 @@ def run_a_new_program():
         path.unlink()
 
 
-attempt("connect to the host's loopback", connect, socket.AF_INET, ("127.0.0.1", int(sys.argv[1])))
-attempt("connect by IPv6", connect, socket.AF_INET6, ("::1", int(sys.argv[1])))
+for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+    attempt(f"connect to {host}", connect, family, (host, int(sys.argv[1])))
+for path in ("/run/dbus/system_bus_socket", "/run/systemd/private", "/run/systemd/journal/stdout"):
+    attempt(f"connect to {path}", connect, socket.AF_UNIX, path)
 for family, kind in (
     (socket.AF_INET, socket.SOCK_DGRAM), (socket.AF_INET, socket.SOCK_RAW),
     (socket.AF_NETLINK, socket.SOCK_RAW), (socket.AF_PACKET, socket.SOCK_RAW),
     (socket.AF_VSOCK, socket.SOCK_STREAM),
 ):  # fmt: skip
     attempt(f"make a socket {family.name} {kind.name}", socket.socket, family, kind)
-for path in ("/run/dbus/system_bus_socket", "/run/systemd/private", "/run/systemd/journal/stdout"):
-    attempt(f"connect to {path}", connect, socket.AF_UNIX, path)
 for path in (
     "/etc/passwd", "/etc/shadow", "/etc/hostname", "/etc/machine-id", "/home/anna/secret",
     "/root/secret", "/root/.bashrc", "/srv/secret", "/var/log/dpkg.log", "/boot", "/proc/1/environ",
