@@ -6,12 +6,12 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from engines import HERE, need
-from harness import Pair, Receiver, eventually, signal_payload
+from harness import Pair, Start, eventually, signal_payload
 from load import Load
 from pages import examples, replaced
 
@@ -20,18 +20,16 @@ class Shipper:
     """rsyslogd with rsyslog.conf as it is, but for its paths."""
 
     def __init__(self, directory: Path) -> None:
-        spool, shipped = directory / "spool", directory / "shipped"
-        spool.mkdir()
-        shipped.mkdir()
-        self.output = shipped / "signals.jsonl"
+        for name in ("signals", "spool", "shipped"):
+            (directory / name).mkdir()
+        self.output = directory / "shipped/signals.jsonl"
         config = directory / "rsyslog.conf"
         # Its first line is a comment that names the directory, too.
-        comment, _, text = (HERE / "rsyslog.conf").read_text().partition("\n")
-        assert comment.startswith("#")
+        _, _, text = (HERE / "rsyslog.conf").read_text().partition("\n")
         changes = {
-            "/var/spool/rsyslog": str(spool),
-            "/var/lib/liveapi/signals": str(directory / "signals"),
-            "/var/lib/shipped": str(shipped),
+            "/var/spool/rsyslog": f"{directory}/spool",
+            "/var/lib/liveapi/signals": f"{directory}/signals",
+            "/var/lib/shipped": f"{directory}/shipped",
         }
         config.write_text(replaced(text, changes))
         self.command = [need("rsyslogd", "rsyslog"), "-f", str(config)]
@@ -48,14 +46,14 @@ class Shipper:
     def lines(self) -> set[bytes]:
         return lines_of(self.output.read_bytes()) if self.output.exists() else set()
 
-    def has_shipped(self, lines: set[bytes]) -> bool:
-        """Whether it comes to have shipped these lines."""
-        return bool(eventually(lambda: lines <= self.lines(), 20))
+    def ships(self, stored: set[bytes]) -> None:
+        """It comes to have shipped these lines, and has shipped no other."""
+        eventually(lambda: stored <= self.lines(), 20)
+        assert self.lines() == stored, "a line that the receiver never wrote"
 
 
 @pytest.fixture
 def shipper(tmp_path: Path) -> Iterator[Shipper]:
-    (tmp_path / "signals").mkdir()
     shipper = Shipper(tmp_path)
     yield shipper
     shipper.stop(signal.SIGKILL)
@@ -66,7 +64,7 @@ def lines_of(log: bytes) -> set[bytes]:
 
 
 def test_every_line_is_shipped_whole_through_renames_and_restarts_of_the_shipper(
-    shipper: Shipper, start: Callable[..., Receiver], pair: Pair
+    shipper: Shipper, start: Start, pair: Pair
 ) -> None:
     receiver = start("--segment-bytes", "50000")
     with Load((pair,), receiver.port, connections=3, size=400) as load:
@@ -80,16 +78,14 @@ def test_every_line_is_shipped_whole_through_renames_and_restarts_of_the_shipper
         load.reach(500)
     assert load.answers.keys() == {200}
     assert receiver.post(pair, signal_payload(text="y" * 900_000)).status == 200
-
     stored = lines_of(receiver.raw())
     assert len(stored) == len(load.acknowledged) + 1
-    assert shipper.has_shipped(stored)
-    assert shipper.lines() == stored, "a line that the receiver never wrote"
+    shipper.ships(stored)
     assert len(receiver.closed_segments()) > 10
 
 
 def test_segments_that_were_shipped_can_be_removed(
-    shipper: Shipper, start: Callable[..., Receiver], pair: Pair
+    shipper: Shipper, start: Start, pair: Pair
 ) -> None:
     receiver = start("--segment-bytes", "5000")
     stored: set[bytes] = set()
@@ -97,21 +93,16 @@ def test_segments_that_were_shipped_can_be_removed(
         for _ in range(40):
             assert receiver.post(pair, signal_payload()).status == 200
         stored |= lines_of(receiver.raw())
-        assert shipper.has_shipped(stored)
+        shipper.ships(stored)
         shipper.stop(signal.SIGTERM)
         for segment in receiver.closed_segments():
-            # A new segment may get the inode of a removed one.
-            os.unlink(segment)
+            segment.unlink()  # a new segment may get the inode of a removed one
         assert receiver.post(pair, signal_payload()).status == 200
         shipper.start()
-    stored |= lines_of(receiver.raw())
-    assert shipper.has_shipped(stored)
-    assert shipper.lines() == stored
+    shipper.ships(stored | lines_of(receiver.raw()))
 
 
-def test_postgresql_takes_every_signal_once_and_byte_for_byte(
-    start: Callable[..., Receiver], pair: Pair
-) -> None:
+def test_postgresql_takes_every_signal_once_and_byte_for_byte(start: Start, pair: Pair) -> None:
     receiver = start("--segment-bytes", "500")
     sent = [signal_payload(text=text) for text in ("\\N \n", 'a "quote"', "\t", "\0", "half")]
     sent[-1] = sent[-1].replace(b"half", b"\\ud800")
@@ -120,7 +111,7 @@ def test_postgresql_takes_every_signal_once_and_byte_for_byte(
         assert receiver.post(pair, payload).status == 200
     compressed, *others = receiver.closed_segments()
     assert others
-    taken = b"".join(path.read_bytes() for path in receiver.closed_segments()).count(b"\n")
+    taken = b"".join(path.read_bytes() for path in (compressed, *others)).count(b"\n")
     assert taken >= 5
     subprocess.run(["gzip", "--suffix", ".1.gz", compressed], check=True)
     [load] = examples(page="docs/shippers.md", language="sql")

@@ -10,13 +10,13 @@ import shlex
 import signal
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from engines import CHECK, HOUR, MIDNIGHT, README, ROWS, documented_command, need, python_with
-from harness import ROOT, Pair, Receiver, eventually, signal_payload
+from engines import CHECK, HOUR, MIDNIGHT, documented_command, duckdb_rows, need, python_with
+from harness import ROOT, Pair, Receiver, Start, eventually, signal_payload
 from pages import examples
 
 TYPES = [
@@ -32,10 +32,11 @@ class Job:
 
     def __init__(self, directory: Path) -> None:
         need("java", "openjdk-17-jre-headless")
+        need("rsync", "rsync")
         programs = Path(python_with("pyspark")).parent
-        self.directory = directory
-        self.log = directory / "job.log"
-        self.command = shlex.split(self.moved(documented_command("spark-submit", {})))
+        self.directory, self.log = directory, directory / "job.log"
+        command = shlex.split(self.moved(documented_command("spark-submit", {})))
+        self.command = [*command, "--segments-per-batch", "4"]
         self.environment = {
             **os.environ,
             "PATH": f"{programs}:{os.environ['PATH']}",
@@ -62,8 +63,8 @@ class Job:
         with self.log.open("wb") as log:
             # A group of its own: spark-submit, Java and Python end together.
             self.process = subprocess.Popen(
-                [*self.command, "--segments-per-batch", "4"], stdout=log, stderr=log, cwd=ROOT,
-                env=self.environment, start_new_session=True,
+                self.command, stdout=log, stderr=log, cwd=ROOT, env=self.environment,
+                start_new_session=True,
             )  # fmt: skip
         return self.process
 
@@ -87,17 +88,15 @@ class Job:
 
     def counts(self) -> Counts:
         """What the README's query says of the Parquet files."""
-        [query] = examples(page=README, language="sql")
-        done = subprocess.run(
-            [python_with("duckdb"), "-c", f"import duckdb, sys; {ROWS}"],
-            input=self.moved(query).encode(), stdout=subprocess.PIPE, check=True,
-        )  # fmt: skip
-        return Counter({(hour, kind): count for hour, kind, count in json.loads(done.stdout)})
+        [text] = examples(page="tests/scale/README.md", language="sql")
+        query = self.directory / "counts.sql"
+        query.write_text(self.moved(text))
+        found = duckdb_rows(query, self.directory)
+        return Counter({(hour, kind): count for hour, kind, count in found})
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> Iterator[Job]:
-    need("rsync", "rsync")
     job = Job(tmp_path)
     yield job
     job.kill()
@@ -106,11 +105,11 @@ def job(tmp_path: Path) -> Iterator[Job]:
 def exact_counts(segments: list[Path]) -> Counts:
     """Every distinct signal of these segments, counted in plain Python."""
     found: dict[str, tuple[str, str]] = {}
-    for segment in segments:
-        for stored in map(json.loads, segment.read_text().splitlines()):
-            at = datetime.fromtimestamp(stored["signal"]["timestamp"] / 1000, UTC)
-            if stored["signal"]["type"] != CHECK:
-                found[stored["id"]] = (f"{at:%Y-%m-%d %H}:00:00", stored["signal"]["type"])
+    text = "".join(each.read_text() for each in segments)
+    for stored in map(json.loads, text.splitlines()):
+        at = datetime.fromtimestamp(stored["signal"]["timestamp"] / 1000, UTC)
+        if stored["signal"]["type"] != CHECK:
+            found[stored["id"]] = (f"{at:%Y-%m-%d %H}:00:00", stored["signal"]["type"])
     return Counter(found.values())
 
 
@@ -123,19 +122,17 @@ def earlier(segment: Path, days: int, to: Path) -> int:
 
 
 def test_spark_counts_closed_segments_exactly_across_a_kill_and_a_restart(
-    start: Callable[..., Receiver], pair: Pair, job: Job, tmp_path: Path
+    start: Start, pair: Pair, job: Job, tmp_path: Path
 ) -> None:
-    receivers = {}
+    receivers: dict[str, Receiver] = {}
     for name in ("a", "b", "c"):
         (tmp_path / name).mkdir()
         receivers[name] = start("--segment-bytes", "40000", directory=tmp_path / name)
-    connections = {name: receiver.connect() for name, receiver in receivers.items()}
     chance = random.Random(8)
     sent: list[bytes] = []
 
     def post(name: str, payload: bytes) -> None:
-        answer = receivers[name].post(pair, payload, connection=connections[name])
-        assert answer.status == 200
+        assert receivers[name].post(pair, payload).status == 200
 
     def send(count: int) -> None:
         """New signals, each to one receiver; of each tenth and of old ones, a repeat to another."""
@@ -162,8 +159,7 @@ def test_spark_counts_closed_segments_exactly_across_a_kill_and_a_restart(
     segments = job.segments()
     expected = exact_counts(segments)
     assert job.counts() == expected
-    lines = sum(path.read_bytes().count(b"\n") for path in segments)
-    assert lines > expected.total() + 100
+    assert sum(len(each.read_bytes().splitlines()) for each in segments) > expected.total() + 100
     assert said.endswith(f" 0 {DROPPED}")
 
     # Ended by itself and started again: new segments, one that was counted and is now compressed,

@@ -7,41 +7,23 @@ import random
 import shutil
 import subprocess
 from collections import defaultdict
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from engines import CHECK, HERE, HOUR, MIDNIGHT, ROWS, TABLE, documented_command, python_with
-from harness import Pair, Receiver, payload_id, signal_payload
+from engines import CHECK, HERE, HOUR, MIDNIGHT, duckdb_rows
+from harness import Pair, Receiver, Start, signal_payload
 
 OPEN = "re.notifica.event.notification.Open"
-
-
-def query(name: str, directory: Path) -> list[list[Any]]:
-    interpreter = "/opt/duckdb/bin/python"
-    changes = {
-        interpreter: f"'{python_with('duckdb')}'",
-        TABLE: ROWS,
-        "tests/scale/opens_per_notification.sql": f"'{HERE}/{name}.sql'",
-    }
-    done = subprocess.run(
-        documented_command(interpreter, changes), shell=True, stdout=subprocess.PIPE,
-        cwd=directory, timeout=60, check=True,
-    )  # fmt: skip
-    rows: list[list[Any]] = json.loads(done.stdout)
-    return rows
+OPENS, DEVICES = HERE / "opens_per_notification.sql", HERE / "active_devices_per_hour.sql"
 
 
 def payload(kind: str, at: Any, **data: Any) -> bytes:
-    signal = {"service": "My Service", "type": kind, "data": data, "timestamp": at}
-    return json.dumps(signal).encode()
+    return json.dumps({"type": kind, "data": data, "timestamp": at}).encode()
 
 
 def test_opens_per_notification_and_active_devices_per_hour_count_each_signal_once(
-    start: Callable[..., Receiver], pair: Pair
+    start: Start, pair: Pair
 ) -> None:
     receiver = start("--segment-bytes", "20000")
-    connection = receiver.connect()
     chance = random.Random(8)
     opens: dict[str, list[str]] = defaultdict(list)
     hours: dict[int, list[str]] = defaultdict(list)
@@ -52,7 +34,7 @@ def test_opens_per_notification_and_active_devices_per_hour_count_each_signal_on
         sent = payload(kind, at, id=f"{number:024x}", deviceID=device, notification=name)
         if number % 7 == 0:
             assert receiver.post_encrypted(pair, sent).status == 200
-        assert receiver.post(pair, sent, connection=connection).status == 200
+        assert receiver.post(pair, sent).status == 200
         hours[(at - MIDNIGHT) // HOUR].append(device)
         if kind == OPEN:
             opens[name].append(device)
@@ -64,16 +46,16 @@ def test_opens_per_notification_and_active_devices_per_hour_count_each_signal_on
     shutil.copy(others[0], receiver.signals / "20251123T000000.000000Z.jsonl")
 
     by_name = [[name, len(devices), len(set(devices))] for name, devices in opens.items()]
-    rows = query("opens_per_notification", receiver.directory)
+    rows = duckdb_rows(OPENS, receiver.directory)
     assert rows == sorted(by_name, key=lambda row: (-row[1], row[0]))
-    assert query("active_devices_per_hour", receiver.directory) == [
+    assert duckdb_rows(DEVICES, receiver.directory) == [
         [f"2025-11-23 {hour:02}:00:00", len(set(devices)), len(devices)]
         for hour, devices in sorted(hours.items())
     ]
 
 
 def test_a_strange_signal_does_not_stop_a_query(receiver: Receiver, pair: Pair) -> None:
-    strange = [
+    for strange in (
         payload(OPEN, "soon", deviceID="one"),
         payload(OPEN, 99999999999999999, deviceID="two"),
         payload(OPEN, MIDNIGHT, deviceID="three").replace(b"three", b"\\ud800"),
@@ -81,11 +63,9 @@ def test_a_strange_signal_does_not_stop_a_query(receiver: Receiver, pair: Pair) 
         payload(OPEN, MIDNIGHT, deviceID=["five"]),
         b'{"type": 6, "data": 7}',
         payload(OPEN, MIDNIGHT, deviceID="eight"),
-    ]
-    for each in strange:
-        assert receiver.post(pair, each).json == {"message": "message received"}
-    assert receiver.ids() == [payload_id(each) for each in strange]
+    ):
+        assert receiver.post(pair, strange).status == 200
     # All but the third: an escaped lone surrogate is JSON, but DuckDB passes over such a line.
-    hours = query("active_devices_per_hour", receiver.directory)
+    hours = duckdb_rows(DEVICES, receiver.directory)
     assert hours == [["2025-11-23 00:00:00", 2, 2], [None, 3, 3]]
-    assert query("opens_per_notification", receiver.directory) == [[None, 5, 5]]
+    assert duckdb_rows(OPENS, receiver.directory) == [[None, 5, 5]]
