@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from harness import ACCEPTED, Pair, Receiver, payload_id, run, signal_payload
 from peers import stored_text
-from tools import MODULES, NODE, needs
+from tools import MODULES, needs
 
 pytestmark = needs("notificare-live-api-node")
 
@@ -21,21 +21,20 @@ CHALLENGES = ["some simple test data", "a+b/c==", "é€😀", "a&b=c d%20", "x"
 Node = Callable[[str, list[Any]], Any]
 BEGINNING = """
 import Notificare from "notificare-live-api-node";
-const { url, publicKey, privateKey, values } = JSON.parse(process.env.TASK);
+const [, url, publicKey, privateKey, values] = process.argv;
 const { httpGateway } = new Notificare.LiveApi(privateKey, publicKey);
 const own = { "x-notificare-public-key": publicKey }, results = [];
 """
-END = "console.log(JSON.stringify(results));"
 
 VERIFY = """
-for (const challenge of values) {
+for (const challenge of JSON.parse(values)) {
   const response = await fetch(`${url}?${new URLSearchParams({ challenge })}`, { headers: own });
   results.push([await response.text(), httpGateway.verify(publicKey, challenge)]);
 }
 """
 
 SIGNALS = """
-for (const [payload, body] of values) {
+for (const [payload, body] of JSON.parse(values)) {
   const signature = httpGateway.verify(publicKey, payload);
   const headers = { ...own, "x-notificare-signature": signature };
   const response = await fetch(url, { method: "POST", body, headers });
@@ -47,15 +46,13 @@ for (const [payload, body] of values) {
 
 @pytest.fixture
 def node(receiver: Receiver, pair: Pair, tmp_path: Path) -> Node:
-    """Run a module with the values and the receiver's keys; it gives what it has as results."""
+    """Run a module with the receiver's keys and the values; it gives what it has as results."""
     (tmp_path / "node_modules").symlink_to(MODULES.resolve())
-    keys = {"url": receiver.url, "publicKey": pair.public, "privateKey": pair.private}
 
     def results(script: str, values: list[Any]) -> Any:
-        assert NODE
-        (tmp_path / "script.mjs").write_text(BEGINNING + script + END)
-        task = json.dumps({**keys, "values": values})
-        result = run("env", f"TASK={task}", NODE, "script.mjs", cwd=tmp_path)
+        module = f"{BEGINNING}{script}console.log(JSON.stringify(results));"
+        arguments = (receiver.url, pair.public, pair.private, json.dumps(values))
+        result = run("node", "--input-type=module", "-e", module, *arguments, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
         return json.loads(result.stdout)
 
