@@ -13,26 +13,19 @@ import argparse
 
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.streaming.query import StreamingQuery
 
-# A closed segment never changes, so its name alone says what was counted. Compressed, it has a new
-# name and is read again; its ids are known by then, or it comes too late: nothing counts twice.
+# Compressed, one has a new name and is read again; by then its ids are known, or too late.
 CLOSED_SEGMENTS = "????????T??????.??????Z.jsonl*"
 
-# How a stored line begins. What stands before the signal is the receiver's own and can always be
-# read; what is no such line drops out.
+# How a line begins. That is the receiver's own and can always be read; any other line drops out.
 STORED = r'^\{"received_at":"([^"]+)","instance":"[^"]+","id":"([0-9a-f]{32})","signal":'
 
-# What is read of the signal. What Spark can't read of it is null, and the signal counts.
+# What Spark can't read of a signal is null, and the signal counts.
 SIGNAL = "signal STRUCT<type: STRING, timestamp: DOUBLE>"
 CHECK = "re.notifica.event.custom.liveapi_check"  # what `check` sends: it counts nowhere
 YEAR_10000 = 253402300800000
 
-# For how long an id is remembered. The watermark is on the time of receipt, not on the signal's
-# own: a paused instance sends signals that are days old, and they count. A repeat is at most as
-# late as the sender repeats, plus the day that a quiet receiver keeps a segment open, plus the
-# time a segment takes to get here. What comes later than this is dropped, and said.
-REMEMBERED = "7 days"
+REMEMBERED = "7 days"  # ids, by the time of receipt; README.md says why
 
 
 def distinct_signals(spark: SparkSession, signals: str, segments_per_batch: int) -> DataFrame:
@@ -65,14 +58,6 @@ def write_counts(out: str, batch: DataFrame, number: int) -> None:
     counts.coalesce(1).write.mode("overwrite").parquet(f"{out}/counts/batch={number}")
 
 
-def report(query: StreamingQuery) -> None:
-    lines = late = 0
-    for progress in query.recentProgress:
-        lines += progress["numInputRows"]
-        late += sum(state["numRowsDroppedByWatermark"] for state in progress["stateOperators"])
-    print(f"{lines} lines read, {late} dropped because they came later than {REMEMBERED}")
-
-
 def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("signals")
@@ -99,7 +84,10 @@ def main() -> None:
         .start()
     )
     query.awaitTermination()
-    report(query)
+    lines = sum(each["numInputRows"] for each in query.recentProgress)
+    states = [state for each in query.recentProgress for state in each["stateOperators"]]
+    late = sum(state["numRowsDroppedByWatermark"] for state in states)
+    print(f"{lines} lines read, {late} dropped because they came later than {REMEMBERED}")
 
 
 if __name__ == "__main__":

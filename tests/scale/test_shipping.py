@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engines import HERE, need
+from disks import store
 from harness import Pair, Start, eventually, signal_payload
 from load import Load
 from pages import examples, replaced
+from tools import needs_programs
 
 
 class Shipper:
@@ -24,15 +25,13 @@ class Shipper:
             (directory / name).mkdir()
         self.output = directory / "shipped/signals.jsonl"
         config = directory / "rsyslog.conf"
-        # Its first line is a comment that names the directory, too.
-        _, _, text = (HERE / "rsyslog.conf").read_text().partition("\n")
         changes = {
             "/var/spool/rsyslog": f"{directory}/spool",
-            "/var/lib/liveapi/signals": f"{directory}/signals",
+            "/var/lib/liveapi/signals/*": f"{directory}/signals/*",
             "/var/lib/shipped": f"{directory}/shipped",
         }
-        config.write_text(replaced(text, changes))
-        self.command = [need("rsyslogd", "rsyslog"), "-f", str(config)]
+        config.write_text(replaced(Path(__file__).with_name("rsyslog.conf").read_text(), changes))
+        self.command = ["rsyslogd", "-f", str(config)]
         subprocess.run([*self.command, "-N1"], check=True)
         self.start()
 
@@ -44,7 +43,7 @@ class Shipper:
         self.process.wait(20)
 
     def lines(self) -> set[bytes]:
-        return lines_of(self.output.read_bytes()) if self.output.exists() else set()
+        return set(self.output.read_bytes().splitlines()) if self.output.exists() else set()
 
     def ships(self, stored: set[bytes]) -> None:
         """It comes to have shipped these lines, and has shipped no other."""
@@ -59,10 +58,7 @@ def shipper(tmp_path: Path) -> Iterator[Shipper]:
     shipper.stop(signal.SIGKILL)
 
 
-def lines_of(log: bytes) -> set[bytes]:
-    return set(log.split(b"\n")) - {b""}
-
-
+@needs_programs("rsyslogd")
 def test_every_line_is_shipped_whole_through_renames_and_restarts_of_the_shipper(
     shipper: Shipper, start: Start, pair: Pair
 ) -> None:
@@ -77,50 +73,50 @@ def test_every_line_is_shipped_whole_through_renames_and_restarts_of_the_shipper
             shipper.start()
         load.reach(500)
     assert load.answers.keys() == {200}
-    assert receiver.post(pair, signal_payload(text="y" * 900_000)).status == 200
-    stored = lines_of(receiver.raw())
+    store(receiver, pair, signal_payload(text="y" * 900_000))
+    stored = set(receiver.raw().splitlines())
     assert len(stored) == len(load.acknowledged) + 1
     shipper.ships(stored)
     assert len(receiver.closed_segments()) > 10
 
 
+@needs_programs("rsyslogd")
 def test_segments_that_were_shipped_can_be_removed(
     shipper: Shipper, start: Start, pair: Pair
 ) -> None:
     receiver = start("--segment-bytes", "5000")
     stored: set[bytes] = set()
     for _ in range(5):
-        for _ in range(40):
-            assert receiver.post(pair, signal_payload()).status == 200
-        stored |= lines_of(receiver.raw())
+        store(receiver, pair, *(signal_payload() for _ in range(40)))
+        stored |= set(receiver.raw().splitlines())
         shipper.ships(stored)
         shipper.stop(signal.SIGTERM)
         for segment in receiver.closed_segments():
             segment.unlink()  # a new segment may get the inode of a removed one
-        assert receiver.post(pair, signal_payload()).status == 200
+        store(receiver, pair, signal_payload())
         shipper.start()
-    shipper.ships(stored | lines_of(receiver.raw()))
+    shipper.ships(stored | set(receiver.raw().splitlines()))
 
 
+@needs_programs("pg_virtualenv")
 def test_postgresql_takes_every_signal_once_and_byte_for_byte(start: Start, pair: Pair) -> None:
     receiver = start("--segment-bytes", "500")
     sent = [signal_payload(text=text) for text in ("\\N \n", 'a "quote"', "\t", "\0", "half")]
     sent[-1] = sent[-1].replace(b"half", b"\\ud800")
     sent.append(signal_payload(text=0).replace(b":0}", b":1e400}"))
-    for payload in [*sent, *sent]:
-        assert receiver.post(pair, payload).status == 200
-    compressed, *others = receiver.closed_segments()
-    assert others
-    taken = b"".join(path.read_bytes() for path in (compressed, *others)).count(b"\n")
+    store(receiver, pair, *sent, *sent)
+    closed = receiver.closed_segments()
+    taken = b"".join(path.read_bytes() for path in closed).count(b"\n")
+    assert len(closed) > 1
     assert taken >= 5
-    subprocess.run(["gzip", "--suffix", ".1.gz", compressed], check=True)
+    subprocess.run(["gzip", "--suffix", ".1.gz", closed[0]], check=True)
     [load] = examples(page="docs/shippers.md", language="sql")
     (receiver.directory / "load.sql").write_text(load)
     select = "SELECT line, signal IS NULL FROM signals ORDER BY received_at"
     psql = "psql -X -q -v ON_ERROR_STOP=1"
     script = f'{psql} -f load.sql; {psql} -f load.sql; {psql} -A -t -o rows -c "{select}"'
     # With a PostgreSQL of its own, which is thrown away.
-    throw_away = [need("pg_virtualenv", "postgresql"), "-t", "sh", "-ec", script]
+    throw_away = ["pg_virtualenv", "-t", "sh", "-ec", script]
     environment = {**os.environ, "LC_ALL": "C.UTF-8"}
     subprocess.run(throw_away, check=True, cwd=receiver.directory, env=environment)
     found = (receiver.directory / "rows").read_bytes().splitlines()
