@@ -88,14 +88,6 @@ class Machine:
     def show(self, name: str, unit: str = "liveapi.service") -> str:
         return self.run(f"systemctl show --value -p {name} {unit}").strip()
 
-    @property
-    def status_text(self) -> str:
-        return self.show("StatusText")
-
-    @property
-    def main_pid(self) -> int:
-        return int(self.show("MainPID"))
-
     def active(self) -> bool:
         return self.show("ActiveState") == "active"
 
@@ -110,12 +102,6 @@ class Machine:
         payload = signal_payload()
         assert self.post(payload).status == 200
         return payload
-
-    def reboot(self) -> None:
-        self.run("systemctl reboot", check=False)
-        # nspawn leaves the second half of a reboot to who started it, with this exit status.
-        assert self.nspawn.wait(60) == 133
-        self.boot()
 
     def power_off(self) -> None:
         self.nspawn.terminate()
