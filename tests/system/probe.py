@@ -26,13 +26,6 @@ def connect(family, address):
         sock.connect(address)
 
 
-def read(path):
-    if os.path.isdir(path):
-        os.listdir(path)
-    else:
-        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
-
-
 def write(directory):
     path = Path(directory, ".probe-file")
     path.write_text("x")
@@ -65,9 +58,9 @@ for path in (
     "/proc/kmsg", "/proc/cpuinfo", "/proc/sys/kernel/hostname", "/sys/fs/cgroup/cgroup.procs",
     "/usr/bin/bash", "/dev/kmsg", "/dev/mem", "/dev/console", "/tmp/secret", "/run/machine-secret",
 ):  # fmt: skip
-    attempt(f"read {path}", read, path)
-others = [name for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]
-attempt("see another process", lambda: bool(others))
+    attempt(f"read {path}", os.open, path, os.O_RDONLY | os.O_NONBLOCK)  # or list, a directory
+processes = [name for name in os.listdir("/proc") if name.isdigit()]
+attempt("see another process", lambda: processes != [str(os.getpid())])
 for place, names, _ in os.walk("/"):
     if place == "/":
         names[:] = set(names) - {"proc", "sys"}
