@@ -62,22 +62,15 @@ class Watched:
     @contextmanager
     def watch(self, receive_buffer: int = 0) -> Iterator[Iterator[tuple[str, bytes]]]:
         """The events of the stream, as id and data."""
-        with Wire(self.port, 20, receive_buffer=receive_buffer) as wire:
+        with (
+            Wire(self.port, 20, receive_buffer=receive_buffer) as wire,
+            wire.socket.makefile("rb") as stream,
+        ):
             wire.send(request_bytes("GET", "/signals", {"host": f"localhost:{self.port}"}))
-            with wire.socket.makefile("rb") as stream:
-                yield self._events(stream)
-
-    @staticmethod
-    def _events(stream: Iterator[bytes]) -> Iterator[tuple[str, bytes]]:
-        assert b" 200 " in next(iter(stream))
-        event: dict[bytes, bytes] = {}
-        for line in stream:
-            name, _, value = line.rstrip(b"\r\n").partition(b": ")
-            if name:
-                event[name] = value
-            elif b"data" in event:
-                yield event[b"id"].decode(), event[b"data"]
-                event = {}
+            assert b" 200 " in stream.readline()
+            fields = (line.rstrip(b"\r\n").partition(b": ") for line in stream)
+            values = (value for name, _, value in fields if name in (b"id", b"data"))
+            yield ((identity.decode(), next(values)) for identity in values)
 
 
 Watch = Callable[..., Watched]
@@ -119,16 +112,13 @@ Sec-Fetch-Site: cross-site
 Sec-Fetch-Site: same-site"""
 
 
-@pytest.mark.parametrize("header", OWN.splitlines())
-def test_it_answers_to_its_own_names_and_to_its_own_page(watched: Watched, header: str) -> None:
+def test_it_answers_to_its_own_names_and_page_and_to_no_other(watched: Watched) -> None:
     for path in ("/", "/status", "/metrics"):
-        assert watched.get(path, header=header).status == 200
-
-
-@pytest.mark.parametrize("header", FOREIGN.splitlines())
-def test_it_answers_to_no_other_name_and_to_no_other_site(watched: Watched, header: str) -> None:
+        for header in OWN.splitlines():
+            assert watched.get(path, header=header).status == 200, header
     for path in ("/", "/status", "/metrics", "/signals"):
-        assert 400 <= watched.get(path, header=header).status < 500
+        for header in FOREIGN.splitlines():
+            assert watched.get(path, header=header).status == 403, header
 
 
 def test_it_listens_on_loopback_unless_told_otherwise_and_never_beside_the_endpoint(
@@ -152,13 +142,13 @@ GET /live 404 application/json
 GET /favicon.ico 404 application/json"""
 
 
-@pytest.mark.parametrize("case", ANSWERS.splitlines())
-def test_it_has_these_paths_and_no_other(watched: Watched, case: str) -> None:
-    method, path, status, kind = case.split()
-    answer = watched.get(path, method)
-    assert answer.status == int(status)
-    assert answer.headers["content-type"].split(";")[0] == kind
-    assert "python" not in str(answer.headers).lower()
+def test_it_has_these_paths_and_no_other_and_nobody_keeps_what_they_show(watched: Watched) -> None:
+    for case in ANSWERS.splitlines():
+        method, path, status, kind = case.split()
+        answer = watched.get(path, method)
+        assert (answer.status, answer.headers["content-type"].split(";")[0]) == (int(status), kind)
+        assert answer.status != 200 or answer.headers["cache-control"] == "no-store"
+        assert "python" not in str(answer.headers).lower()
 
 
 # --- The stream -------------------------------------------------------------------------------
@@ -198,10 +188,8 @@ def test_the_stream_follows_over_closed_segments_and_a_replaced_one(
 def test_the_stream_shows_only_what_is_synced(watched: Watched, pair: Pair, tmp_path: Path) -> None:
     receiver, payload = watched.receiver, signal_payload()
     assert receiver.post(pair, signal_payload()).json == ACCEPTED
-    with (
-        watched.watch() as events,
-        injected(receiver, tmp_path / "t", "fdatasync:delay_enter=2000000"),
-    ):
+    slow = injected(receiver, tmp_path / "t", "fdatasync:delay_enter=2000000")
+    with watched.watch() as events, slow:
         assert next(events)[0] == receiver.ids()[0]
         poster = threading.Thread(target=receiver.post, args=(pair, payload))
         poster.start()
@@ -274,7 +262,9 @@ def some_of_everything(receiver: Receiver, pair: Pair) -> None:
     assert receiver.post(Pair("stranger"), b"{}").status == 400
 
 
-def test_the_status_tells_what_has_come_and_what_was_refused(watch: Watch, pair: Pair) -> None:
+def test_the_status_and_the_metrics_tell_what_has_come_and_what_was_refused(
+    watch: Watch, pair: Pair
+) -> None:
     began = time.time()
     watched = watch(pairs=(pair, Pair("other")))
     receiver = watched.receiver
@@ -287,13 +277,12 @@ def test_the_status_tells_what_has_come_and_what_was_refused(watch: Watch, pair:
     assert (status["status"], status["reason"]) == ("ok", None)
     assert status["endpoint"] == receiver.url
     assert (status["segment"], status["segment_bytes"]) == ("current.jsonl", len(receiver.raw()))
-    assert status["connections"] >= 0
     assert MOMENT.fullmatch(status["started_at"])
     assert time.strftime("%Y-%m-%dT%H:%M", time.gmtime(began)) <= status["started_at"]
     busy, quiet = status["instances"]
     last = {each: busy.pop(f"last_{each}_at") for each in ("verify", "signal")}
     assert MOMENT.fullmatch(last["verify"])
-    assert last["signal"][:19] == receiver.lines()[-1]["received_at"][:19]
+    assert last["signal"] == receiver.lines()[-1]["received_at"]
     assert sorted(busy.pop("refused").values()) == [1, 1]
     assert busy == {"instance": "my-app", "stored": 2, "repeated": 1, "unavailable": 0}
     never = {"last_verify_at": None, "last_signal_at": None, "refused": {}}
@@ -301,54 +290,10 @@ def test_the_status_tells_what_has_come_and_what_was_refused(watch: Watch, pair:
     assert list(status["refused"].values()) == [1]
     assert [each["instance"] for each in status["refusals"]] == ["my-app", "my-app", ""]
     assert all(MOMENT.fullmatch(each["at"]) and each["reason"] for each in status["refusals"])
-    for _ in range(30):
-        receiver.post(Pair("stranger"), b"{}")
-    assert len(watched.get("/status").json["refusals"]) == 20
 
-
-def test_after_a_restart_the_last_signal_is_known_from_the_log(watch: Watch, pair: Pair) -> None:
-    before = watch()
-    some_of_everything(before.receiver, pair)
-    when = 'liveapi_last_signal_timestamp_seconds{instance="my-app"}'
-    seconds = before.metrics()[when]
-    assert before.receiver.stop() == 0
-    after = watch()
-    (now,) = after.get("/status").json["instances"]
-    assert now["last_signal_at"] == before.receiver.lines()[-1]["received_at"]
-    metrics = after.metrics()
-    assert metrics[when] == pytest.approx(seconds, abs=1)
-    assert now["stored"] == metrics['liveapi_signals_total{instance="my-app",result="stored"}'] == 0
-
-
-def test_the_metrics_have_the_documented_names_and_all_results_from_the_start(
-    watch: Watch, pair: Pair
-) -> None:
-    watched = watch(pairs=(pair, Pair("other@label")))
-    text = watched.get("/metrics").body.decode()
-    kinds = re.findall(r"# TYPE (\w+) (\w+)", text)
-    assert sorted(name for name, _ in kinds) == sorted(METRICS)
-    assert sorted(re.findall(r"# HELP (\w+) ", text)) == sorted(METRICS)
-    for name, kind in kinds:
-        assert (kind == "counter") == name.endswith("_total")
-    samples = watched.metrics()
-    totals = {name: n for name, n in samples.items() if name.startswith("liveapi_signals_total")}
-    assert totals == {
-        f'liveapi_signals_total{{instance="{name}",result="{result}"}}': 0
-        for name in ("my-app", "other", "")
-        for result in RESULTS
-    }
-    assert samples["liveapi_storing"] == 1
-    assert abs(samples["liveapi_start_time_seconds"] - time.time()) < 30
-    assert samples["liveapi_commit_duration_seconds_count"] == 0
-    assert samples["liveapi_commit_duration_seconds_sum"] == 0
-
-
-def test_the_metrics_count_what_has_come_and_what_was_refused(watched: Watched, pair: Pair) -> None:
-    receiver = watched.receiver
-    before = time.time()
-    some_of_everything(receiver, pair)
     with Wire(receiver.port), Wire(receiver.port):
         eventually(lambda: watched.metrics()["liveapi_connections"] == 2)
+        assert watched.get("/status").json["connections"] == 2
     samples = watched.metrics()
     mine = 'liveapi_signals_total{instance="my-app",result="%s"}'
     assert [samples[mine % result] for result in RESULTS] == [2, 1, 2, 0]
@@ -363,7 +308,45 @@ def test_the_metrics_count_what_has_come_and_what_was_refused(watched: Watched, 
     assert samples["liveapi_commit_duration_seconds_sum"] > 0
     for what in ("signal", "verify"):
         when = samples[f'liveapi_last_{what}_timestamp_seconds{{instance="my-app"}}']
-        assert before - 1 <= when <= time.time() + 1
+        assert began - 1 <= when <= time.time() + 1
+
+    for _ in range(30):
+        receiver.post(Pair("stranger"), b"{}")
+    assert len(watched.get("/status").json["refusals"]) == 20
+
+
+def test_after_a_restart_the_last_signal_is_known_from_the_log(watch: Watch, pair: Pair) -> None:
+    before = watch()
+    some_of_everything(before.receiver, pair)
+    when = 'liveapi_last_signal_timestamp_seconds{instance="my-app"}'
+    seconds = before.metrics()[when]
+    assert before.receiver.stop() == 0
+    after = watch()
+    (now,) = after.get("/status").json["instances"]
+    assert now["last_signal_at"] == before.receiver.lines()[-1]["received_at"]
+    assert (now["stored"], after.metrics()[when]) == (0, seconds)
+
+
+def test_the_metrics_have_the_documented_names_and_all_results_from_the_start(
+    watch: Watch, pair: Pair
+) -> None:
+    watched = watch(pairs=(pair, Pair("other@label")))
+    text = watched.get("/metrics").body.decode()
+    kinds = re.findall(r"# TYPE (\w+) (\w+)", text)
+    assert sorted(name for name, _ in kinds) == sorted(METRICS)
+    assert sorted(re.findall(r"# HELP (\w+) ", text)) == sorted(METRICS)
+    assert all((kind == "counter") == name.endswith("_total") for name, kind in kinds)
+    samples = watched.metrics()
+    totals = {name: n for name, n in samples.items() if name.startswith("liveapi_signals_total")}
+    assert totals == {
+        f'liveapi_signals_total{{instance="{name}",result="{result}"}}': 0
+        for name in ("my-app", "other", "")
+        for result in RESULTS
+    }
+    assert samples["liveapi_storing"] == 1
+    assert abs(samples["liveapi_start_time_seconds"] - time.time()) < 30
+    assert samples["liveapi_commit_duration_seconds_count"] == 0
+    assert samples["liveapi_commit_duration_seconds_sum"] == 0
 
 
 def test_while_it_cannot_store_status_and_metrics_say_so(watched: Watched, pair: Pair) -> None:

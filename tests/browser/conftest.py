@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from harness import Receiver, free_ports
-from page import WIDE, Page
+from page import Page
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
@@ -47,7 +47,6 @@ def page(chromium: webdriver.Chrome, watched: Receiver, console_port: int) -> It
     or with a request to anywhere but this console."""
     shown = Page(chromium, f"http://127.0.0.1:{console_port}/")
     shown.complaints(), shown.requested()  # those of the test before
-    shown.shape(WIDE)
     yield shown.open()
     complaints, requested = shown.complaints(), shown.requested()
     chromium.get("about:blank")

@@ -23,7 +23,7 @@ class Page:
         self.driver, self.url, self.run = driver, url, driver.execute_script
         self.excused: tuple[str, ...] = ()  # what may stand in the browser's console
 
-    def shape(self, size: tuple[int, int], dark: bool = False, zone: str = "UTC") -> None:
+    def open(self, size: tuple[int, int] = WIDE, dark: bool = False, zone: str = "UTC") -> Page:
         metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1}
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         for command, options in (
@@ -32,8 +32,6 @@ class Page:
             ("setTimezoneOverride", {"timezoneId": zone}),
         ):
             self.driver.execute_cdp_cmd(f"Emulation.{command}", options)
-
-    def open(self) -> Page:
         self.driver.get(self.url)
         self.says("state", "Receiving")
         return self
@@ -41,22 +39,22 @@ class Page:
     def until(self, check: Callable[[], Any], seconds: float = 20) -> Any:
         return eventually(check, seconds, 0.05)
 
-    def find(self, css: str) -> WebElement:
-        return self.driver.find_element(By.CSS_SELECTOR, css)
-
     def all(self, css: str) -> list[WebElement]:
         return self.driver.find_elements(By.CSS_SELECTOR, css)
 
+    def find(self, css: str) -> WebElement:
+        return self.driver.find_element(By.CSS_SELECTOR, css)
+
     def text(self, identifier: str) -> str:
         return self.run("return document.getElementById(arguments[0]).textContent", identifier)
+
+    def says(self, identifier: str, text: str) -> None:
+        self.until(lambda: self.text(identifier) == text)
 
     def column(self, number: int) -> list[str]:
         """Of the rows that are shown, the top one first: received, instance, type, or user."""
         cells = "[...document.querySelectorAll('#rows > :not([hidden]) summary')]"
         return self.run(f"return {cells}.map(row => row.children[{number}].textContent)")
-
-    def types(self) -> list[str]:
-        return self.column(2)
 
     def users(self) -> list[str]:
         return self.column(3)
@@ -64,9 +62,6 @@ class Page:
     def shows(self, users: list[str], seconds: float = 20) -> None:
         """Wait until these users, and no other, are shown."""
         self.until(lambda: self.users() == users, seconds)
-
-    def says(self, identifier: str, text: str) -> None:
-        self.until(lambda: self.text(identifier) == text)
 
     def facts(self) -> list[dict[str, str]]:
         """The figures: of the receiver, then of each instance."""
@@ -83,12 +78,10 @@ class Page:
 
     def whole(self, row: int) -> list[str]:
         """The delay and the line of a row, as a click on it shows them; it is closed again."""
-        self.run("rows.children[arguments[0]].firstChild.click()", row)
-        inside = "#rows > [open] > :not(summary)"
-        shown = [
-            each.get_property("textContent") for each in self.all(inside) if each.is_displayed()
-        ]
-        self.run("rows.children[arguments[0]].firstChild.click()", row)
+        click, inside = f"rows.children[{row}].firstChild.click()", "#rows > [open] > :not(summary)"
+        self.run(click)
+        shown = [e.get_property("textContent") for e in self.all(inside) if e.is_displayed()]
+        self.run(click)
         return shown
 
     def filter(self, text: str) -> None:
