@@ -5,17 +5,9 @@
     python3 liveapi_server.py check URL [options]  play the Live API's side against an endpoint
     python3 liveapi_server.py demo [--console]     see it work: no keys, no account, one command
 
-The file is read from top to bottom in the order in which a signal travels:
-
-    1  Request      a request is read from a connection, or refused                (pure)
-    2  Instance     whose keys; is the signature right; what was encrypted         (pure)
-    3  Signal       is it a JSON object; the line that will stand in the log       (pure)
-    4  Signal log   batch, write, sync; what a crash leaves and how it is mended   (disk)
-    5  Figures      what is counted, and what is logged once a minute
-    6  Server       connections, the threads that handle them, the answers         (socket)
-    7  Console      the private listener: page, stream, status, metrics            (socket)
-    8  Life         options, systemd, reload, stop
-    9  Commands     serve, check, demo
+The file is read from top to bottom in the order in which a signal travels: 1 Request, 2 Instance,
+3 Signal (all three pure), 4 Signal log (disk), 5 Figures, 6 Server, 7 Console (both socket), 8 Life
+(options, systemd, reload, stop), 9 Commands.
 
 Each connection has a thread, which may block: a housekeeper shuts the sockets of those that are
 late. A thread with a signal offers its line to the log; the first to find that nobody commits
@@ -149,8 +141,7 @@ class Refusal(Exception):
 
     def __init__(self, answer: Answer | int, reason: str, detail: str = "") -> None:
         self.answer = json_answer(answer, error=reason) if isinstance(answer, int) else answer
-        self.reason = reason
-        self.detail = detail  # for the log only: there may be any number of them
+        self.reason, self.detail = reason, detail  # the latter is for the log only: it can be any
 
 
 @dataclass(slots=True)
@@ -190,14 +181,12 @@ def read_head(file: io.BufferedIOBase) -> Head:
 
 def read_fields(file: io.BufferedIOBase) -> dict[bytes, bytes]:
     """Read a header or trailer section and its blank line."""
-    fields: dict[bytes, bytes] = {}
-    left = HEADER_BYTES
+    fields, left = dict[bytes, bytes](), HEADER_BYTES
     for _ in range(FIELDS + 1):
         line = file.readline(left + 2)
         if line == b"\r\n":
             return fields
-        left -= len(line)
-        if left < 0:
+        if (left := left - len(line)) < 0:
             break
         name, value = parse_field(line)
         if name in fields and name in SAID_ONCE:
@@ -331,12 +320,10 @@ class Instance:
         parts = jwe.split(b".")
         if len(parts) != 5:
             raise Refusal(400, "neither a JSON object nor a JWE in compact serialization")
-        header = parse_object(_b64url_decode(parts[0]))
-        if header.get("alg") != "dir" or header.get("enc") != "A256GCM" or parts[1]:
-            raise Refusal(400, "JWE is not of alg dir, enc A256GCM")
-        kid = self.public_key.decode()
-        if header.keys() & {"crit", "zip"} or header.get("kid", kid) != kid:
-            raise Refusal(400, "JWE header has crit, zip, or another's kid")
+        header, kid = parse_object(_b64url_decode(parts[0])), self.public_key.decode()
+        said = (header.get("alg"), header.get("enc"), header.get("kid", kid), parts[1])
+        if said != ("dir", "A256GCM", kid, b"") or header.keys() & {"crit", "zip"}:
+            raise Refusal(400, "JWE is not of alg dir, enc A256GCM, this kid, without crit and zip")
         iv, ciphertext, tag = map(_b64url_decode, parts[2:])
         with contextlib.suppress(InvalidTag):
             if len(iv) == 12 and len(tag) == 16:  # RFC 7518 section 5.3
@@ -359,8 +346,7 @@ def _b64url_decode(text: bytes) -> bytes:
 
 def load_instances(directory: Path) -> dict[bytes, Instance]:
     """The instances of a keys directory by public key; OperatorError names the faulty file."""
-    stems: set[str] = set()
-    instances: dict[bytes, Instance] = {}
+    stems, instances = set[str](), dict[bytes, Instance]()
     try:
         for path in directory.iterdir():
             if match := KEY_FILE.fullmatch(path.name):
@@ -501,6 +487,7 @@ TRIAL_SECONDS = 0.5  # what has failed just now is not tried again before
 STALL_SECONDS = 10.0  # a disk that takes longer for a commit cannot store signals
 DAY = 86400  # seconds
 NEW = os.O_CREAT | os.O_NOFOLLOW  # to open a file that is made if missing
+Waiter = Callable[[bool], None]  # called by the thread that commits: is it stored?
 
 
 def sync_directory(directory: Path | str, disk: Any = os) -> None:
@@ -518,7 +505,7 @@ class Entry:
     instance: str
     key: bytes  # of the window: the signal's id, then the instance's name
     line: bytes
-    waiters: list[Callable[[bool], None]]  # called by the thread that commits: is it stored?
+    waiters: list[Waiter]
 
 
 class SignalLog:
@@ -547,9 +534,7 @@ class SignalLog:
         self.untended = threading.Event()  # there is something for the log's own thread to do
         self.last_received = dict[str, str]()  # by instance; as the start found it in the log
 
-    def offer(
-        self, instance: str, identity: bytes, line: bytes, waiter: Callable[[bool], None]
-    ) -> bool | None:
+    def offer(self, instance: str, identity: bytes, line: bytes, waiter: Waiter) -> bool | None:
         """Take a line on: None, and the waiter will be told, after a commit(). True if it is
         stored already, False if it cannot be stored now."""
         key = identity + instance.encode()
@@ -594,9 +579,8 @@ class SignalLog:
                 waiter(stored)
         self.storing.release()  # only now, so that the next batch is not a batch of one
         with self.turn:  # else a line that was offered just before the release could go unseen
-            more = bool(self.pending)
-        if more:  # this thread has its own connection to go back to
-            self.untended.set()
+            if self.pending:  # this thread has its own connection to go back to
+                self.untended.set()
 
     def run(self) -> NoReturn:
         """The log's own thread: tend the log, and commit what has gathered during a commit."""
@@ -717,9 +701,8 @@ class SignalLog:
 
     def _open_segment(self) -> None:
         """Open the path anew, cut a torn tail off, and sync what is there and its name."""
-        if self.fd >= 0:
-            with contextlib.suppress(OSError):  # all that counts in it has been synced
-                self.disk.close(self.fd)
+        with contextlib.suppress(OSError):  # all that counts in it has been synced
+            self.disk.close(self.fd)
         self.fd, self.damaged = -1, False
         sync_directory(
             self.prefix, self.disk
@@ -899,6 +882,7 @@ class Server(socketserver.BaseServer):
     tls: ssl.SSLContext | None = None
     stopping = ending = False  # each answer is a connection's last; no connection is taken
     figures: Figures
+    receiver: Receiver  # the public one, which the console shows
     routes: dict[str, tuple[str, ...]]  # the methods of each path
 
     def __init__(self, listener: socket.socket, handler: Any, settings: Settings, most: int):
@@ -1222,17 +1206,10 @@ class SignalHandler(StrictHandler):
 class Receiver(Server):
     """The public listener."""
 
+    signal_log: SignalLog
     instances: dict[bytes, Instance]
+    url: str
     not_reloaded = ""  # why the last reload has failed, if it has
-
-    def __init__(
-        self, settings: Settings, listener: socket.socket, signal_log: SignalLog, figures: Figures
-    ) -> None:
-        super().__init__(listener, SignalHandler, settings, settings.max_connections)
-        self.signal_log, self.figures = signal_log, figures
-        self.routes = {settings.path: ("GET", "HEAD", "POST"), "/status": ("GET", "HEAD")}
-        scheme = "https" if settings.tls_cert else "http"
-        self.url = f"{scheme}://{address_of(listener)}{settings.path}"
 
     def say_keys(self) -> None:
         for key, instance in self.instances.items():  # as it is said of an unknown one
@@ -1367,8 +1344,6 @@ def follow(signal_log: SignalLog) -> Iterator[bytes]:
 class ConsoleHandler(StrictHandler):
     """A connection to the console: it shows personal data, so it answers to its own page only."""
 
-    server: Console
-
     def dispatch(self) -> None:
         # A Host field names a service by address, never by a name that DNS could rebind.
         own = address_of(self.request)
@@ -1459,13 +1434,6 @@ def metrics(receiver: Receiver) -> bytes:
         text += f"# HELP liveapi_{name} {what}.\n# TYPE liveapi_{name} {kind}\n"
         text += "".join(f"liveapi_{name}{labels} {value}\n" for labels, value in values.items())
     return text.encode()
-
-
-class Console(Server):
-    """The private listener."""
-
-    receiver: Receiver
-    routes = dict.fromkeys(("/", "/signals", "/status", "/metrics"), ("GET", "HEAD"))
 
 
 # ---- 8  Life: options, systemd, reload, stop -----------------------------------------------------
@@ -1614,8 +1582,11 @@ def open_servers(settings: Settings) -> tuple[Receiver, list[Server]]:
     listener = given.get("live") or open_listener(settings.host or "127.0.0.1", port)
     figures, path = Figures(), settings.signals
     signal_log = SignalLog(path, settings.dedupe, settings.segment_bytes, figures.committed)
-    receiver = Receiver(settings, listener, signal_log, figures)
+    receiver = Receiver(listener, SignalHandler, settings, settings.max_connections)
     receiver.instances, receiver.tls = instances, tls
+    receiver.figures, receiver.signal_log = figures, signal_log
+    receiver.routes = {settings.path: ("GET", "HEAD", "POST"), "/status": ("GET", "HEAD")}
+    receiver.url = f"http{'s' * bool(tls)}://{address_of(listener)}{settings.path}"
     try:
         made = [each for each in (path, *path.parents) if not each.exists()]
         path.mkdir(parents=True, exist_ok=True)
@@ -1626,14 +1597,15 @@ def open_servers(settings: Settings) -> tuple[Receiver, list[Server]]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         signal_log.start()
     except OSError as error:
-        locked = isinstance(error, BlockingIOError)
-        reason = "another server is using it" if locked else error.strerror
+        locked = "another server is using it"
+        reason = locked if isinstance(error, BlockingIOError) else error.strerror
         raise OperatorError(f"cannot open the log in {path}: {reason}") from None
     figures.received.update(signal_log.last_received)
     if not private:
         return receiver, []
-    console = Console(private, ConsoleHandler, settings, WATCHERS)
+    console = Server(private, ConsoleHandler, settings, WATCHERS)
     console.receiver, console.figures = receiver, figures
+    console.routes = dict.fromkeys(("/", "/signals", "/status", "/metrics"), ("GET", "HEAD"))
     return receiver, [console]
 
 

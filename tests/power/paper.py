@@ -199,7 +199,7 @@ class PaperDisk:
             self.moment("remove")
 
     def close(self, fd: int) -> None:
-        del self.files[fd]
+        self.files.pop(fd, None)
 
     # How it is kept
 
