@@ -463,8 +463,7 @@ def parse_line(line: bytes) -> tuple[str, str, bytes] | None:
 #   a directory's sync  synced, closed, and a new one is opened. Until all of that has worked
 #   fails               nothing is stored. Nothing more ever goes into the old file: the kernel may
 #                       have dropped what it could not write, so that a later sync which succeeds
-#                       would prove nothing. For the same reason a start reads from the disk, not
-#                       from memory, what it takes for stored.
+#                       would prove nothing.
 #   a due closing fails the segment stays open and sound, and signals go on being stored in it.
 #   the file changes    someone renamed, removed, replaced or cut it: it is let go, and the path is
 #                       opened anew as at a start, before a byte is written.
@@ -473,7 +472,6 @@ def parse_line(line: bytes) -> tuple[str, str, bytes] | None:
 #
 # Not chosen: to cut the file back and go on in it, which is enough after a failed write. Which
 # error leaves which file usable is a table of its own; one recovery for all of them is none.
-# Not promised: anything about a disk that says it has synced what it has not.
 
 CURRENT, TRIAL = "current.jsonl", ".trial"
 CLOSED_NAME = "%Y%m%dT%H%M%S.%fZ.jsonl"
@@ -704,9 +702,7 @@ class SignalLog:
         with contextlib.suppress(OSError):  # all that counts in it has been synced
             self.disk.close(self.fd)
         self.fd, self.damaged = -1, False
-        sync_directory(
-            self.prefix, self.disk
-        )  # the last one's new name, before its old one is used again
+        sync_directory(self.prefix, self.disk)  # the last one's new name, before this is the next
         fd = self.open(CURRENT, os.O_RDWR | os.O_APPEND | NEW)
         there = self.disk.stat(fd)
         size, place = there.st_size, (there.st_dev, there.st_ino)
@@ -1450,9 +1446,10 @@ def option(default: Any, metavar: str, text: str, kind: Any = str, *limits: floa
             raise argparse.ArgumentTypeError(f"{word} is not from {limits[0]} to {limits[1]}")
         return value
 
-    text += "" if default is None else f" (default: {default})"
-    how = {"metavar": metavar, "help": text, "type": number if limits else kind}
-    return field(default=default, metadata=how)
+    about = text + ("" if default is None else f" (default: {default})")
+    how = {"metavar": metavar, "help": about, "type": number if limits else kind}
+    flag = {"action": "store_true", "help": text}
+    return field(default=default, metadata=flag if kind is bool else how)
 
 
 @dataclass(frozen=True)
@@ -1473,9 +1470,7 @@ class Settings:
     segment_bytes: int = option(1 << 28, "N", "a segment this large is closed", int, 1, 1 << 40)
     dedupe: int = option(65536, "N", "newest signals known for repeats", int, 0, 1 << 30)
     console: tuple[str, int] | None = option(None, "[HOST:]PORT", "private listener (off)", address)
-    access_log: bool = field(
-        default=False, metadata={"action": "store_true", "help": "log a line for each request"}
-    )
+    access_log: bool = option(False, "", "log a line for each request", bool)
 
 
 def load_tls(settings: Settings) -> ssl.SSLContext | None:
