@@ -13,7 +13,7 @@ import random
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import BinaryIO
+from io import BufferedIOBase
 
 import h11
 from harness import Pair
@@ -100,6 +100,13 @@ EXTENSION = chunked(b"5%b\r\n{   }\r\n0\r\n\r\n")
 TRAILER = chunked(b"5\r\n{   }\r\n0\r\n%b\r\n\r\n")
 
 # fmt: off
+WRONG_CODINGS = [  # for a Transfer-Encoding
+    b"", b"identity", b"gzip", b"gzip, chunked", b"chunked, gzip", b"chunked, chunked",
+    b"identity, chunked", b"chunked, identity", b"xchunked", b"chunkedx", b"chunked,", b",chunked",
+    b", chunked", b"chunked;q=1", b"chunked; a=b", b"chunked\x0b", b"\x0bchunked", b"chunked\x0c",
+    b"chunked\xa0", b"chunked\x85", b"\x00chunked", b'"chunked"', b"chun ked", b"chunked chunked",
+    b"x", b"trailers",
+]
 REFUSED = [
     # RFC 9112 §2.2 Message Parsing
     *each("9112 §2.2", "bare LF", b"%b", STATUS.replace(b"\r\n", b"\n"), b"\n" + STATUS,
@@ -183,12 +190,7 @@ REFUSED = [
           b"Transfer-Encoding: chunked\r\nContent-Length: 5"),
     Case("9112 §6.1", "Transfer-Encoding in HTTP/1.0",
           post(b"Transfer-Encoding: chunked", version=b"HTTP/1.0") + CHUNKS),
-    *each("9112 §6.1", "Transfer-Encoding", CODED, b"", b"identity", b"gzip", b"gzip, chunked",
-          b"chunked, gzip", b"chunked, chunked", b"identity, chunked", b"chunked, identity",
-          b"xchunked", b"chunkedx", b"chunked,", b",chunked", b", chunked", b"chunked;q=1",
-          b"chunked; a=b", b"chunked\x0b", b"\x0bchunked", b"chunked\x0c", b"chunked\xa0",
-          b"chunked\x85", b"\x00chunked", b'"chunked"', b"chun ked", b"chunked chunked", b"x",
-          b"trailers"),
+    *each("9112 §6.1", "Transfer-Encoding", CODED, *WRONG_CODINGS),
     *each("9112 §6.1", "two Transfer-Encodings", CODED, b"chunked\r\nTransfer-Encoding: chunked",
           b"gzip\r\nTransfer-Encoding: chunked", b"chunked\r\nTransfer-Encoding: identity"),
     # §7.1 Chunked
@@ -332,7 +334,7 @@ MAX_BODY = 1000
 Read = tuple[Head, bytes]
 
 
-def read_all(file: BinaryIO, max_body: int = MAX_BODY) -> tuple[list[Read], Refusal | None]:
+def read_all(file: BufferedIOBase, max_body: int = MAX_BODY) -> tuple[list[Read], Refusal | None]:
     """The requests that the reader finds in `file`, and the refusal that ended it, if one did."""
     requests: list[Read] = []
     try:

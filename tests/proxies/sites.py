@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import socket
-import ssl
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
-from harness import ROOT, Pair, Receiver, eventually, free_ports
-from peers import make_certificate
+from harness import Pair, Receiver, eventually, free_ports
+from pages import examples, replaced
+from peers import Certificate, make_certificate
 
 PATH = "/usr/sbin:/usr/bin:/bin:/usr/local/bin"
 
@@ -35,16 +33,6 @@ http {{
 }}
 """
 
-NGINX_SITE = """
-    upstream liveapi {{ server 127.0.0.1:{upstream}; {keep} }}
-    server {{
-        listen 127.0.0.1:{port} ssl; server_name localhost;
-        ssl_certificate {directory}/tls.pem; ssl_certificate_key {directory}/tls.key;
-        location / {{ proxy_pass http://liveapi; {options} }}
-        location = /smuggled {{ return 403; }}
-    }}
-"""
-
 HAPROXY = """
 global
     stats timeout 10s
@@ -53,41 +41,31 @@ defaults
     timeout connect 5s
     timeout client 20s
     timeout server 20s
-    {options}
+    option http-keep-alive
 frontend front
-    bind 127.0.0.1:{port} ssl crt {directory}/tls.both
-    http-request deny if {{ path /smuggled }}
+    bind 127.0.0.1:443 ssl crt /tls.both
+    http-request deny if { path /smuggled }
     default_backend liveapi
 backend liveapi
     http-reuse always
-    server one 127.0.0.1:{upstream}
+    server one 127.0.0.1:3014
 """
 
-CADDY = """
-{{
-    admin off
-    auto_https off
-}}
-https://localhost:{port} {{
-    bind 127.0.0.1
-    tls {directory}/tls.pem {directory}/tls.key
-    respond /smuggled 403
-    reverse_proxy 127.0.0.1:{upstream} {{
-        {options}
-    }}
-}}
-"""
-
-PROXIES = [
-    "nginx to HTTP/1.0",  # as it comes: a connection for each request
-    "nginx to HTTP/1.1",
-    "nginx to HTTP/1.1 unbuffered",
-    "Caddy",
-    "Caddy streaming",
-    "HAProxy",
-    "HAProxy closing",
-]
-KEEPING = ["nginx to HTTP/1.1", "Caddy", "HAProxy"]
+# What is changed in the documented configuration, or in HAPROXY.
+PROXIES: dict[str, dict[str, str]] = {
+    "nginx": {},
+    "nginx to HTTP/1.0": {  # as it comes: a connection for each request
+        "keepalive 16;": "",
+        "proxy_http_version 1.1;": "",
+        'proxy_set_header Connection "";': "",
+    },
+    "nginx unbuffered": {"location / {": "location / { proxy_request_buffering off;"},
+    "Caddy": {},
+    "Caddy streaming": {"transport http {": "flush_interval -1\ntransport http {"},
+    "HAProxy": {},
+    "HAProxy closing": {"http-keep-alive": "httpclose"},
+}
+KEEPING = ["nginx", "Caddy", "HAProxy"]
 
 
 def need(program: str) -> None:
@@ -104,21 +82,26 @@ def nginx_command(file: Path, *options: str) -> list[str]:
 
 
 def config(proxy: str, directory: Path, port: int, upstream: int) -> str:
-    """The configuration of one of PROXIES."""
-    values = {"directory": directory, "port": port, "upstream": upstream}
+    """The configuration of one of PROXIES, with the test's ports and certificate.
+
+    It forbids /smuggled. Caddy would ask a public authority for a certificate.
+    """
+    page, pem, key = "docs/proxies-and-tls.md", f"{directory}/tls.pem", f"{directory}/tls.key"
+    changes = {**PROXIES[proxy], "127.0.0.1:3014": f"127.0.0.1:{upstream}"}
     if proxy.startswith("nginx"):
-        keep = options = ""
-        if "1.1" in proxy:
-            keep = "keepalive 4;"
-            options = 'proxy_http_version 1.1; proxy_set_header Connection "";'
-        if "unbuffered" in proxy:
-            options += " proxy_request_buffering off;"
-        return nginx_config(directory, NGINX_SITE.format(**values, keep=keep, options=options))
+        (site,) = examples("nginx", page, "nginx")
+        listen = f"listen 127.0.0.1:{port} ssl; location = /smuggled {{ return 403; }}"
+        certbots = "/etc/letsencrypt/live/live.example.com/"
+        changes |= {certbots + "fullchain.pem": pem, certbots + "privkey.pem": key}
+        return nginx_config(directory, replaced(site, {"listen 443 ssl;": listen, **changes}))
     if proxy.startswith("HAProxy"):
-        options = "option httpclose" if "closing" in proxy else "option http-keep-alive"
-        return HAPROXY.format(**values, options=options)
-    options = "flush_interval -1" if "streaming" in proxy else ""
-    return CADDY.format(**values, options=options)
+        bind = {"127.0.0.1:443": f"127.0.0.1:{port}", "/tls.both": f"{directory}/tls.both"}
+        return replaced(HAPROXY, bind | changes)
+    (site,) = examples("Caddy", page, "caddyfile")
+    own = f"https://localhost:{port} {{\nbind 127.0.0.1\ntls {pem} {key}\nrespond /smuggled 403\n"
+    return "{\nadmin off\nauto_https off\n}\n" + replaced(
+        site, {"live.example.com {": own, **changes}
+    )
 
 
 def command(proxy: str, file: Path) -> list[str]:
@@ -127,43 +110,6 @@ def command(proxy: str, file: Path) -> list[str]:
     if proxy.startswith("HAProxy"):
         return ["/usr/sbin/haproxy", "-db", "-f", str(file)]
     return ["caddy", "run", "--adapter", "caddyfile", "--config", str(file)]
-
-
-# The configurations that the documentation shows, with the test's ports and certificate
-
-
-def documented(language: str) -> str:
-    """The block in this language that leads to the receiver."""
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        for block in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.S):
-            if "127.0.0.1:3014" in block:
-                return str(block)
-    pytest.fail(f"no page has a ```{language} block with 127.0.0.1:3014")
-
-
-def replaced(text: str, old: str, new: str) -> str:
-    changed, count = re.subn(old, lambda _: new, text)
-    assert count, f"nothing like {old} in the block:\n{text}"
-    return changed
-
-
-def documented_caddy(directory: Path, port: int, upstream: int) -> str:
-    """Caddy would ask a public authority for a certificate."""
-    site = replaced(documented("caddyfile"), "127.0.0.1:3014", f"127.0.0.1:{upstream}")
-    site = replaced(
-        site,
-        r"(?m)^live\.example\.com \{",
-        f"https://localhost:{port} {{\nbind 127.0.0.1\ntls {directory}/tls.pem {directory}/tls.key",
-    )
-    return "{\nadmin off\nauto_https off\n}\n" + site
-
-
-def documented_nginx(directory: Path, port: int, upstream: int) -> str:
-    site = replaced(documented("nginx"), "127.0.0.1:3014", f"127.0.0.1:{upstream}")
-    site = replaced(site, r"listen 443 ssl;", f"listen 127.0.0.1:{port} ssl;")
-    site = replaced(site, r"\S+/fullchain\.pem", f"{directory}/tls.pem")
-    site = replaced(site, r"\S+/privkey\.pem", f"{directory}/tls.key")
-    return nginx_config(directory, site)
 
 
 class Tap:
@@ -180,11 +126,9 @@ class Tap:
         with suppress(OSError):
             while True:
                 client, _ = self.listener.accept()
-                server = socket.create_connection(("127.0.0.1", self.upstream), 10)
-                server.settimeout(None)
-                kept = bytearray()
-                self.seen.append(kept)
-                for ends in ((client, server, kept), (server, client, bytearray())):
+                server = socket.create_connection(("127.0.0.1", self.upstream))
+                self.seen.append(bytearray())
+                for ends in ((client, server, self.seen[-1]), (server, client, bytearray())):
                     threading.Thread(target=self._pump, args=ends, daemon=True).start()
 
     def _pump(self, source: socket.socket, sink: socket.socket, kept: bytearray) -> None:
@@ -203,8 +147,9 @@ class Tap:
 class Site:
     """A proxy, the tap behind it, and the receiver behind that."""
 
+    proxy: str
     port: int
-    cafile: str
+    certificate: Certificate
     tap: Tap
     receiver: Receiver
     pair: Pair
@@ -214,30 +159,28 @@ class Site:
         return f"https://localhost:{self.port}"
 
     @property
-    def trust(self) -> ssl.SSLContext:
-        return ssl.create_default_context(cafile=self.cafile)
+    def cafile(self) -> str:
+        return str(self.certificate.cert)
+
+    def client(self) -> httpx.Client:
+        """One that keeps its connection."""
+        return httpx.Client(base_url=self.url, verify=self.certificate.context(), timeout=30)
+
+    def post(self, client: httpx.Client, body: bytes) -> httpx.Response:
+        return client.post("/live", content=body, headers=self.pair.headers(body))
 
 
 @contextmanager
-def serve(
-    proxy: str,
-    directory: Path,
-    receiver: Receiver,
-    pair: Pair,
-    text: Callable[[Path, int, int], str] | None = None,
-) -> Iterator[Site]:
-    """The proxy before the receiver, configured by `text` or as one of PROXIES."""
+def serve(proxy: str, directory: Path, receiver: Receiver, pair: Pair) -> Iterator[Site]:
+    """One of PROXIES before the receiver."""
     need(proxy.split()[0].lower())
-    directory.chmod(0o755)
     certificate = make_certificate(directory)
     certificate.both()
     tap = Tap(receiver.port)
     [port] = free_ports(1)
-    file = directory / "proxy.conf"
-    make = text or partial(config, proxy)
-    file.write_text(make(directory, port, tap.port))
-    site = Site(port, str(certificate.cert), tap, receiver, pair)
-    output = directory / "output.txt"
+    file, output = directory / "proxy.conf", directory / "output.txt"
+    file.write_text(config(proxy, directory, port, tap.port))
+    site = Site(proxy, port, certificate, tap, receiver, pair)
     with output.open("w") as said:
         env = {"HOME": str(directory), "PATH": PATH}
         process = subprocess.Popen(
@@ -246,8 +189,8 @@ def serve(
 
     def ready() -> bool:
         assert process.poll() is None, output.read_text()
-        with suppress(httpx.HTTPError):
-            return bool(httpx.get(site.url + "/status", verify=site.trust).is_success)
+        with suppress(httpx.HTTPError), site.client() as client:
+            return client.get("/status").is_success
         return False
 
     try:
