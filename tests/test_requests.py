@@ -1,7 +1,6 @@
 """The contract's table of requests, row by row over real sockets; and HTTP/1.1 around them.
 
-What the reader takes and refuses is test_reader.py's; here it is what is answered, and stored.
-The corpus of requests that both use goes over a socket whole.
+The corpus goes over a socket whole. How the reader reads a right request is test_reader.py's.
 """
 
 from __future__ import annotations
@@ -12,15 +11,17 @@ import json
 import re
 import select
 import time
+import timeit
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, quote_plus
 
 import pytest
 from corpus import ACCEPTED as UNUSUAL
-from corpus import MIB, PAIR, REFUSED, STATUS, Case, get, post
+from corpus import MIB, PAIR, REFUSED, STATUS, Case, get
 from disks import injected
 from harness import (
     ACCEPTED,
@@ -61,9 +62,9 @@ FORGERY = {"error": "challenge could pass for a signal"}
 RANDOM = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-def of_all_tests(directory: Path, *options: str) -> Iterator[Receiver]:
+def of_all_tests(factory: pytest.TempPathFactory, *options: str) -> Iterator[Receiver]:
     """One receiver for the many tests that each look only for what they sent."""
-    receiver = Receiver(directory, *options, pairs=(VECTOR, SDK, OTHER))
+    receiver = Receiver(factory.mktemp("shared"), *options, pairs=(VECTOR, SDK, OTHER))
     yield receiver
     try:
         assert receiver.stop() == 0
@@ -74,24 +75,24 @@ def of_all_tests(directory: Path, *options: str) -> Iterator[Receiver]:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Receiver]:
-    yield from of_all_tests(tmp_path_factory.mktemp("shared"))
+    yield from of_all_tests(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Receiver]:
     """One with little patience and little room."""
     options = ("--max-body", "1000", "--timeout", "1", "--keepalive", "1.5")
-    yield from of_all_tests(tmp_path_factory.mktemp("small"), *options)
+    yield from of_all_tests(tmp_path_factory, *options)
 
 
 def refused(answer: Answer, status: int, body: dict[str, str] | None = None) -> None:
     """An error is JSON, and gives a reason."""
     assert answer.status == status, answer
-    assert answer.headers["content-type"].split(";")[0] == "application/json"
-    assert isinstance(answer.json, dict)
-    assert all(isinstance(text, str) and len(text) > 3 for text in answer.json.values())
-    assert answer.json
-    assert body is None or answer.json == body, answer
+    assert answer.headers["content-type"] == "application/json"
+    (reason,) = answer.json.values()
+    assert isinstance(reason, str)
+    assert len(reason) > 3
+    assert body in (None, answer.json), answer
 
 
 def stored(receiver: Receiver, payload: bytes, instance: str = "") -> bytes:
@@ -106,9 +107,7 @@ def storing_nothing(receiver: Receiver) -> Iterator[None]:
     assert receiver.raw() == before
 
 
-def ended(
-    receiver: Receiver, data: bytes, *statuses: int, body: dict[str, str] | None = None
-) -> None:
+def ended(receiver: Receiver, data: bytes, *statuses: int, body: Any = None) -> None:
     """What is sent is refused, not stored, and after the answer the connection ends in order."""
     with storing_nothing(receiver), Wire(receiver.port) as wire:
         wire.send(data)
@@ -119,11 +118,15 @@ def ended(
         assert wire.ends()
 
 
+def status_follows(wire: Wire, answer: Answer) -> None:
+    """STATUS, which was sent behind what got this answer, is answered, unless that closes."""
+    if answer.closes:
+        assert wire.ends()
+    else:
+        assert wire.answer().json == {"status": "ok"}
+
+
 # --- Verify -----------------------------------------------------------------------------------
-
-
-def verify(receiver: Receiver, query: str, pair: Pair = VECTOR) -> Answer:
-    return receiver.request("GET", f"/live?{query}", headers={NAMES[0]: pair.public})
 
 
 VENDORS = b"ddDzXOU6EMrITLgRKBIbhBAHxWAZBUj1nTk9Exs5PNE="
@@ -140,9 +143,11 @@ VENDORS = b"ddDzXOU6EMrITLgRKBIbhBAHxWAZBUj1nTk9Exs5PNE="
 def test_the_challenges_of_the_protocol_and_the_vendor_get_the_answers_given_there(
     shared: Receiver, query: str, pair: Pair, signed: bytes
 ) -> None:
-    answer = verify(shared, f"challenge={query}", pair)
+    answer = ask(
+        shared.port, request_bytes("GET", f"/live?challenge={query}", {NAMES[0]: pair.public})
+    )
     assert (answer.status, answer.body) == (200, signed)
-    assert answer.headers["content-type"].split(";")[0] == "text/plain"
+    assert answer.headers["content-type"] == "text/plain"
 
 
 SIGNED = ["a", "é€😀", "a&b=c;d#e?f", "%41", "100%", "a b\tc\r\nd", "=", "\x00", "\u2028", "[1]"]
@@ -153,7 +158,7 @@ ALMOST = ["[{}]", '"{}"', "x{}", "\x0b{}", "\x0c{}", "\xa0{}", "\ufeff{}", "\x00
 def test_other_text_is_signed_as_meant_and_is_no_signal(shared: Receiver, challenge: str) -> None:
     right = VECTOR.sign(challenge.encode())
     for encoded in (quote(challenge, safe=""), quote_plus(challenge)):
-        answer = verify(shared, f"challenge={encoded}")
+        answer = shared.request("GET", f"/live?challenge={encoded}", headers=KEY)
         assert (answer.status, answer.body.decode()) == (200, right)
     with storing_nothing(shared):
         refused(shared.post(VECTOR, challenge.encode()), 400)
@@ -169,7 +174,7 @@ def test_no_depth_of_nesting_makes_it_sign_what_begins_with_a_brace(shared: Rece
 
 
 @RANDOM
-@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=200))
+@given(st.text(min_size=1, max_size=200))
 def test_any_challenge_is_signed_unless_it_begins_with_a_brace(shared: Receiver, text: str) -> None:
     answer = shared.verify(VECTOR, text)
     if text.lstrip(" \t\r\n").startswith("{"):
@@ -211,16 +216,8 @@ def test_the_protocols_signal_is_accepted_and_stored(
     headers = {**KEY, "x-notificare-signature": signature}
     answer = receiver.request("POST", "/live", body, headers)
     assert (answer.status, answer.body) == (200, b'{"message":"message received"}')
-    assert answer.headers["content-type"].split(";")[0] == "application/json"
+    assert answer.headers["content-type"] == "application/json"
     assert stored(receiver, SIGNAL) == SIGNAL
-
-
-def test_the_same_signal_again_is_answered_alike_and_not_stored_twice(shared: Receiver) -> None:
-    payload = signal_payload()
-    first = shared.post(VECTOR, payload)
-    for again in (shared.post(VECTOR, payload), shared.post_encrypted(VECTOR, payload)):
-        assert (again.status, again.body) == (first.status, first.body) == (200, first.body)
-    assert stored_ids(shared).count(payload_id(payload)) == 1
 
 
 @needs_strace
@@ -311,9 +308,6 @@ def test_what_is_refused_is_told_why_and_not_stored(
         refused(ask(shared.port, data), status, body)
 
 
-# --- JSON and JWE: the first byte decides -----------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "kind", [None, "text/plain", "application/json; charset=x", "application/jose", "x"], ids=str
 )
@@ -325,6 +319,8 @@ def test_the_content_type_decides_nothing(shared: Receiver, kind: str | None) ->
         assert shared.request("POST", "/live", body, headers).json == ACCEPTED
         assert stored(shared, payload if encrypted else body).strip() == payload
 
+
+# --- Payloads ---------------------------------------------------------------------------------
 
 # fmt: off
 ODD = [
@@ -348,8 +344,7 @@ ODD = [
     b'{"a":' + b"[" * 199 + b"]" * 199 + b"}",
     b"{" + b",".join(b'"k%d":%d' % (n, n) for n in range(50_000)) + b"}",
     b'{"a":"' + b"y" * (1_048_576 - 8) + b'"}',  # a megabyte exactly
-]
-BROKEN = [  # lines
+    # Line breaks
     b'{\n  "a": 1,\n  "b": [\n    2\n  ]\n}', b'{"a":"end"}\n', b'\r\n{"a":1,\r\n"b":2}\r\n',
     b'{"c":1,\r"b":2}', b'{"a":1e400,\n"b":123456789012345678901234567890,\n"c":1.0}',
     b'{"a":1,\n"a":2}', b'{"a":"\\n\\ud800\\u00e9\\/",\n"b":"\xc3\xa9"}',
@@ -382,64 +377,40 @@ def shown(body: bytes) -> str:
     return ascii(body[:40])[2:-1]
 
 
+def is_stored(receiver: Receiver, payload: bytes) -> None:
+    """In clear and encrypted by joserfc, byte for byte; line breaks become spaces."""
+    header = {"alg": "dir", "enc": "A256GCM", "kid": OTHER.public}
+    sealed = jwe.encrypt_compact(header, payload, OctKey.import_key(content_key(OTHER)))
+    for pair, body in ((VECTOR, payload), (OTHER, sealed.encode())):
+        if len(body) <= MIB:
+            assert receiver.post(pair, body).json == ACCEPTED
+            text = payload.replace(b"\r", b" ").replace(b"\n", b" ")
+            assert stored(receiver, payload, pair.name) == text
+
+
 @pytest.mark.parametrize("payload", ODD, ids=shown)
-def test_a_payload_is_stored_byte_for_byte(shared: Receiver, payload: bytes) -> None:
-    assert shared.post(VECTOR, payload).json == ACCEPTED
-    assert stored(shared, payload, "vector") == payload
-    body = OTHER.encrypt(payload)
-    if len(body) <= 1_048_576:
-        assert shared.post(OTHER, body).json == ACCEPTED
-        assert stored(shared, payload, OTHER.name) == payload
-
-
-def tokens(text: bytes) -> bytes:
-    """The JSON text without the white space between its tokens."""
-    out = re.sub(rb'("(?:[^"\\]|\\.)*")|[ \t\r\n]+', lambda m: m[1] or b"", text)
-    assert out
-    return out
-
-
-@pytest.mark.parametrize("payload", BROKEN, ids=shown)
-def test_a_payload_of_lines_loses_only_its_line_breaks(shared: Receiver, payload: bytes) -> None:
-    assert shared.post(VECTOR, payload).json == ACCEPTED
-    text = stored(shared, payload)
-    assert not set(b"\r\n") & set(text)
-    assert tokens(text) == tokens(payload)
+def test_an_odd_payload_is_stored_as_it_is_on_one_line(shared: Receiver, payload: bytes) -> None:
+    is_stored(shared, payload)
 
 
 SCALARS = st.none() | st.booleans() | st.integers(-(10**40), 10**40) | st.text(max_size=20)
-NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
-
-
-def deeper(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    return st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
-
-
-DOCUMENTS = st.dictionaries(
-    st.text(max_size=10), st.recursive(SCALARS | NUMBERS, deeper, max_leaves=12), max_size=5
+VALUES = st.recursive(
+    SCALARS | st.floats(allow_nan=False, allow_infinity=False),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=12,
 )
-
-
-def as_payload(document: dict[str, Any], ascii_only: bool, spaced: bool) -> bytes:
-    separators = (", ", ": ") if spaced else (",", ":")
-    return json.dumps(document, ensure_ascii=ascii_only, separators=separators).encode()
-
-
-PAYLOADS = st.builds(as_payload, DOCUMENTS, st.booleans(), st.booleans())
+OBJECTS = st.dictionaries(st.text(max_size=10), VALUES, max_size=5)
 
 
 @RANDOM
-@given(PAYLOADS)
-def test_what_joserfc_encrypts_or_not_is_stored_as_it_is(shared: Receiver, payload: bytes) -> None:
-    header = {"alg": "dir", "enc": "A256GCM", "kid": OTHER.public}
-    body = jwe.encrypt_compact(header, payload, OctKey.import_key(content_key(OTHER)))
-    assert shared.post(OTHER, body.encode()).json == ACCEPTED
-    assert stored(shared, payload, OTHER.name) == payload
-    assert shared.post(VECTOR, payload).json == ACCEPTED
-    assert stored(shared, payload, "vector") == payload
-
-
-# --- Authentic, but no signal -----------------------------------------------------------------
+@given(OBJECTS, st.booleans(), st.sampled_from([(",", ":"), (", ", ": ")]))
+def test_any_object_is_stored_as_it_is(
+    shared: Receiver, document: Any, ascii_only: bool, separators: tuple[str, str]
+) -> None:
+    text = json.dumps(document, ensure_ascii=ascii_only, separators=separators)
+    is_stored(shared, text.encode())
 
 
 def sealed(payload: bytes = b'{"a":1}', **header: Any) -> list[str]:
@@ -500,7 +471,7 @@ def test_what_is_authentic_but_no_signal_is_400_not_stored(shared: Receiver, bod
     with storing_nothing(shared):
         answer = shared.post(VECTOR, body)
         refused(answer, 400)
-        assert list(answer.json) == ["error"]
+        assert "error" in answer.json
         assert answer.json not in (WRONG, UNKNOWN)
 
 
@@ -558,16 +529,18 @@ def test_another_endpoint_path_can_be_chosen(start: Start, pair: Pair) -> None:
     assert receiver.request("GET", "/status").status == 200
 
 
-@pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "BREW", "get"])
-def test_another_method_known_or_not_is_405_with_allow(shared: Receiver, method: str) -> None:
+METHODS = ["PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "BREW", "get"]
+LINES = [f"{method} {target}" for method in METHODS for target in ("/live", "/status")]
+
+
+@pytest.mark.parametrize("line", [*LINES, "POST /status"])
+def test_another_method_known_or_not_is_405_with_allow(shared: Receiver, line: str) -> None:
     """RFC 9110 §15.5.6: the origin server MUST generate an Allow header field in a 405."""
-    for answer, allowed in (
-        (shared.request(method, "/live", headers=VECTOR.headers(b"")), {"GET", "HEAD", "POST"}),
-        (shared.request(method, "/status"), {"GET", "HEAD"}),
-        (shared.request("POST", "/status", b"{}"), {"GET", "HEAD"}),
-    ):
-        refused(answer, 405)
-        assert {name.strip() for name in answer.headers["allow"].split(",")} == allowed
+    method, target = line.split()
+    answer = shared.request(method, target, b"{}", VECTOR.headers(b"{}"))
+    refused(answer, 405)
+    allowed = {"GET", "HEAD", "POST"} if target == "/live" else {"GET", "HEAD"}
+    assert set(answer.headers["allow"].split(", ")) == allowed
 
 
 def in_chunks(pair: Pair, body: bytes, size: int) -> bytes:
@@ -587,15 +560,7 @@ def test_max_body_is_the_largest_body_that_is_taken(small: Receiver) -> None:
         refused(ask(small.port, in_chunks(VECTOR, most + b" ", 100)), 413)
 
 
-HUGE = [
-    Case(
-        "9110 §15.5.14", "body of 2 MB", post(b"Content-Length: 2000000") + bytes(2_000_000), (413,)
-    ),
-    Case("9110 §15.5.15", "target of 1 MiB", request_bytes("GET", "/" + "q" * MIB), (414,)),
-]
-
-
-@pytest.mark.parametrize("case", [*REFUSED, *HUGE], ids=str)
+@pytest.mark.parametrize("case", REFUSED, ids=str)
 def test_a_malformed_request_is_refused_and_is_the_last(shared: Receiver, case: Case) -> None:
     """RFC 9112 §9.6: a close with unread bytes would reset the connection and lose the answer."""
     for rest in (b"", STATUS * 4000):
@@ -620,11 +585,8 @@ def test_unusual_right_requests_are_served_and_so_is_the_next(shared: Receiver, 
         else:
             assert answer.status in (200, 404, 405)
             assert ("allow" in answer.headers) == (answer.status == 405)
-        if b"HTTP/1.0" in case.data:
-            assert answer.closes
-            assert wire.ends()
-        else:
-            assert wire.answer().json == {"status": "ok"}
+        assert answer.closes == (b"HTTP/1.0" in case.data)
+        status_follows(wire, answer)
 
 
 def test_bytes_that_begin_no_request_are_refused_by_the_first_of_them(shared: Receiver) -> None:
@@ -692,13 +654,9 @@ def test_head_answers_like_get_without_a_body(shared: Receiver, target: str, sta
     """RFC 9110 §9.3.2: the server MUST NOT send content in the response."""
     full = ask(shared.port, request_bytes("GET", target, KEY))
     with Wire(shared.port) as wire:
-        wire.send(request_bytes("HEAD", target, KEY))
+        wire.send(request_bytes("HEAD", target, KEY) + STATUS)
         answer = wire.answer(to_head=True)
-        if answer.closes:
-            assert wire.ends()
-        else:
-            wire.send(STATUS)
-            assert wire.answer().json == {"status": "ok"}
+        status_follows(wire, answer)
     assert answer.status == full.status == status
     for name in ("content-type", "content-length", "connection"):
         assert answer.headers.get(name) == full.headers.get(name)
@@ -768,7 +726,7 @@ def test_an_idle_connection_is_closed_after_keepalive(small: Receiver) -> None:
         assert 1.4 < time.monotonic() - began < 5
 
 
-SMUGGLED = request_bytes("GET", "/status", {"x-smuggled": "yes"})
+SMUGGLED = request_bytes("GET", "/smuggled")
 
 
 @pytest.mark.parametrize(
@@ -787,25 +745,20 @@ SMUGGLED = request_bytes("GET", "/status", {"x-smuggled": "yes"})
     ],
 )
 @pytest.mark.parametrize("copies", [1, 100], ids=["small", "too large"])
-@pytest.mark.parametrize("framing", ["length", "chunks"])
 def test_a_body_is_never_mistaken_for_the_next_request_and_with_get_or_head_refused(
-    small: Receiver, line: str, fields: dict[str, str], framing: str, copies: int
+    small: Receiver, line: str, fields: dict[str, str], copies: int
 ) -> None:
     method, target = line.split()
     body = SMUGGLED * copies
-    data = request_bytes(method, target, fields, body)
-    if framing == "chunks":
-        data = request_bytes(method, target, {**fields, "transfer-encoding": "chunked"})
-        data += b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
-    with Wire(small.port) as wire:
-        wire.send(data + request_bytes("GET", "/last"))
-        answer = wire.answer(to_head=method == "HEAD")
-        if method in ("GET", "HEAD"):
-            assert (answer.status, answer.closes) == (400, True)
-        if answer.closes:
-            assert wire.ends()
-        else:
-            assert wire.answer().status == 404, "what was answered is the body"
+    chunked = request_bytes(method, target, {**fields, "transfer-encoding": "chunked"})
+    chunked += b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    for data in (request_bytes(method, target, fields, body), chunked):
+        with Wire(small.port) as wire:
+            wire.send(data + STATUS)
+            answer = wire.answer(to_head=method == "HEAD")
+            if method in ("GET", "HEAD"):
+                assert (answer.status, answer.closes) == (400, True)
+            status_follows(wire, answer)
 
 
 # Expect: 100-continue, RFC 9110 §10.1.1
@@ -828,13 +781,10 @@ def test_a_client_that_expects_100_gets_it_before_its_body_has_come(shared: Rece
             assert wire.answer().json == ACCEPTED
 
 
-def test_no_100_without_a_body_nor_to_http_1_0(shared: Receiver) -> None:
+def test_no_100_without_a_body_nor_to_http_1_0_nor_for_what_is_refused(shared: Receiver) -> None:
     assert ask(shared.port, get(b"Expect: 100-continue")).status == 200
     assert ask(shared.port, expecting(b"")).status == 400
     assert ask(shared.port, expecting(SIGNAL, "HTTP/1.0") + SIGNAL).status == 200
-
-
-def test_no_100_invites_what_is_refused(shared: Receiver) -> None:
     ended(shared, expecting(SIGNAL, **{"content-length": "1048577"}), 413)
     ended(shared, expecting(SIGNAL, **{"transfer-encoding": "chunked"}), 400)
     ended(shared, expecting(SIGNAL, **{"content-encoding": "gzip"}), 415)
@@ -879,13 +829,10 @@ def test_a_wrong_signature_takes_the_same_time_wherever_it_differs() -> None:
     instance = Instance("vector", VECTOR.public.encode(), VECTOR.private.encode())
     right = VECTOR.sign(SIGNAL).encode()
     wrong = [b"!" + right[1:], right[:-2] + b"!=", b"A" * len(right)]
+    assert not any(instance.authenticates(SIGNAL, each) for each in wrong)
+    timers = [timeit.Timer(partial(instance.authenticates, SIGNAL, each)) for each in wrong]
     for _ in range(5):  # a difference that is really there shows every time
-        quickest = [float("inf")] * len(wrong)
-        for _ in range(3000):
-            for at, signature in enumerate(wrong):
-                began = time.perf_counter()
-                assert not instance.authenticates(SIGNAL, signature)
-                quickest[at] = min(quickest[at], time.perf_counter() - began)
+        quickest = [min(timer.repeat(3000, number=1)) for timer in timers]
         if max(quickest) < 1.1 * min(quickest):
             return
     pytest.fail(f"the quickest refusals took {quickest} seconds")
