@@ -46,31 +46,20 @@ def test_different_mistakes_can_be_told_apart_by_their_reasons() -> None:
 OLD = b"GET / HTTP/1.0"
 
 
-# What h11 does not say of a request
 @pytest.mark.parametrize(
-    ("data", "wanted"),
+    ("data", "closes"),
     [
-        (STATUS, {"query": "", "length": 0, "close": False, "continues": False}),
-        (get(line=b"GET /live?a=b%20c HTTP/1.1"), {"path": "/live", "query": "a=b%20c"}),
-        (get(line=b"GET http://b:8/status?c HTTP/1.1"), {"path": "/status", "query": "c"}),
-        (get(line=b"GET https://b?c HTTP/1.1"), {"path": "/", "query": "c"}),
-        (post(b"Content-Length: 005") + BODY, {"length": 5}),
-        (chunked(b"0\r\n\r\n"), {"length": None}),
-        (get(b"Connection: close"), {"close": True}),
-        (get(b"Connection: x ,\tClose , y"), {"close": True}),
-        (get(b"Connection: x", b"Connection: close"), {"close": True}),
-        (get(b"Connection: closed"), {"close": False}),
-        (get(line=OLD), {"close": True}),
-        (get(b"Connection: Keep-Alive", line=OLD), {"close": False}),
-        (get(b"Connection: keep-alive, close", line=OLD), {"close": True}),
-        (post(b"Expect: 100-Continue", b"Content-Length: 5") + BODY, {"continues": True}),
-        # RFC 9110 §10.1.1: it MUST be ignored there
-        (get(b"Expect: 100-continue", line=OLD), {"continues": False}),
+        (STATUS, False),
+        (get(b"Connection: x ,\tClose , y"), True),
+        (get(b"Connection: x", b"Connection: close"), True),
+        (get(b"Connection: closed"), False),
+        (get(line=OLD), True),
+        (get(b"Connection: Keep-Alive", line=OLD), False),
+        (get(b"Connection: keep-alive, close", line=OLD), True),
     ],
 )
-def test_a_head_says_what_was_sent(data: bytes, wanted: dict[str, object]) -> None:
-    found, _ = read(data)
-    assert {name: getattr(found, name) for name in wanted} == wanted
+def test_a_head_says_whether_another_request_follows(data: bytes, closes: bool) -> None:
+    assert read(data)[0].close == closes
 
 
 TRAILING = chunked(b'5;a="b"\r\n{   }\r\n0\r\nA: b\r\n\r\n')
@@ -86,21 +75,21 @@ def test_a_request_cut_short_anywhere_is_neither_read_nor_refused(data: bytes) -
 
 
 @pytest.mark.parametrize(
-    ("opening", "wanted"),
+    "opening",
     [
-        (b"GET /", (414,)),
-        (b"A", (400, 414, 431)),
-        (b"GET /status HTTP/1.1", (400, 414, 431)),
-        (b"GET /status HTTP/1.1\r\nHost: a\r\nA: ", (431,)),
-        (b"GET /status HTTP/1.1\r\nHost: a\r\nA", (431,)),
-        (chunked(b"5;"), (400, 413, 431)),
-        (chunked(b"0\r\nA: "), (400, 413, 431)),
+        b"GET /",
+        b"A",
+        b"GET /status HTTP/1.1",
+        b"GET /status HTTP/1.1\r\nHost: a\r\nA: ",
+        b"GET /status HTTP/1.1\r\nHost: a\r\nA",
+        chunked(b"5;"),
+        chunked(b"0\r\nA: "),
     ],
     ids=["target", "method", "version", "value", "name", "extension", "trailer"],
 )
-def test_an_endless_line_is_refused_while_it_comes(opening: bytes, wanted: tuple[int, ...]) -> None:
+def test_an_endless_line_is_refused_while_it_comes(opening: bytes) -> None:
     file = io.BytesIO(opening + b"a" * MIB)
     with pytest.raises(Refusal) as caught:
         read_body(file, read_head(file), MIB)
-    assert caught.value.answer.status in wanted
+    assert caught.value.answer.status in (400, 414, 431)
     assert file.tell() < len(opening) + 40_000, "it read on though this was too long already"

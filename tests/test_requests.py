@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import ast
 import base64
+import itertools
 import json
 import re
 import select
 import time
 import timeit
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,6 @@ def status_follows(wire: Wire, answer: Answer) -> None:
 
 # --- Verify -----------------------------------------------------------------------------------
 
-
 VENDORS = b"ddDzXOU6EMrITLgRKBIbhBAHxWAZBUj1nTk9Exs5PNE="
 
 
@@ -143,9 +143,8 @@ VENDORS = b"ddDzXOU6EMrITLgRKBIbhBAHxWAZBUj1nTk9Exs5PNE="
 def test_the_challenges_of_the_protocol_and_the_vendor_get_the_answers_given_there(
     shared: Receiver, query: str, pair: Pair, signed: bytes
 ) -> None:
-    answer = ask(
-        shared.port, request_bytes("GET", f"/live?challenge={query}", {NAMES[0]: pair.public})
-    )
+    key = {NAMES[0]: pair.public}
+    answer = shared.request("GET", f"/live?challenge={query}", headers=key)
     assert (answer.status, answer.body) == (200, signed)
     assert answer.headers["content-type"] == "text/plain"
 
@@ -162,15 +161,6 @@ def test_other_text_is_signed_as_meant_and_is_no_signal(shared: Receiver, challe
         assert (answer.status, answer.body.decode()) == (200, right)
     with storing_nothing(shared):
         refused(shared.post(VECTOR, challenge.encode()), 400)
-
-
-def test_no_depth_of_nesting_makes_it_sign_what_begins_with_a_brace(shared: Receiver) -> None:
-    """A parser's limit on recursion lies in between, and moves with the depth of the stack."""
-    with closing(shared.connect()) as connection:
-        for depth in range(900, 1401):
-            nested = '{"service":"x","a":' + "[" * depth + "]" * min(depth, 2690 - depth) + "}"
-            target = "/live?challenge=" + quote(nested, safe="")
-            refused(shared.request("GET", target, None, KEY, connection), 400, FORGERY)
 
 
 @RANDOM
@@ -242,65 +232,58 @@ def test_a_repeat_that_comes_while_the_first_is_being_stored_gets_the_first_ones
 
 # --- What is refused --------------------------------------------------------------------------
 
-REPEATED = [f"challenge=a&{again}" for again in ("challenge=b", "challenge=a", "x&%63hallenge=b")]
-CROWDED = ["challenge=a" + "&b" * 4000, "&" * 4000 + "challenge=a"]
 STRANGERS = ["nobody", VECTOR.public[:-1], VECTOR.public.upper(), VECTOR.private, "\xe9\xff"]
 PATHS = ["/", "/livex", "/LIVE", "/live/", "//live", "/x/../live", "/%6c"]
 RIGHT = VECTOR.sign(SIGNAL)
 RAW = base64.b64decode(RIGHT)
-WRONG_SIGNATURES = {
-    "of other bytes": VECTOR.sign(SIGNAL.replace(b"My", b"my")),
-    "of another instance": OTHER.sign(SIGNAL),
-    "in hexadecimal": RAW.hex(),
-    "in base64url": base64.urlsafe_b64encode(RAW).decode().replace("=", "-"),
-    "without its padding": RIGHT.rstrip("="),
-    "cut short": RIGHT[:20],
-    "longer than it should be": RIGHT + RIGHT,
-    "with its first character changed": "A" + RIGHT[1:],
-    "in another case": RIGHT.swapcase(),
-    "outside ASCII": "\xe9" * 44,
-    "no base64 at all": "!" * 44,
-    "nothing": "",
-}
+URLSAFE = base64.urlsafe_b64encode(RAW).decode().replace("=", "-")
+# fmt: off
+WRONG_SIGNATURES = [
+    "", "!" * 44, "\xe9" * 44, RAW.hex(), URLSAFE, RIGHT.rstrip("="), RIGHT[:20], RIGHT + RIGHT,
+    "A" + RIGHT[1:], RIGHT.swapcase(), OTHER.sign(SIGNAL), VECTOR.sign(SIGNAL.replace(b"y", b"x")),
+]
+NO_CHALLENGES = [
+    "a&challenge=b", "a&challenge=a", "a&x&%63hallenge=b", "a" + "&b" * 4000, "%ff", "%ed%a0%80",
+    "&" * 4000 + "challenge=a",
+]
+# fmt: on
+# The last two are too deep for a parser, or for one that is called from further down the stack.
+FORGERIES = ["{}", "{", '{"a":1}', "{not JSON", "{\x00", '{"a":' + "[" * 980, '{"a":' + "[" * 2000]
 
 
-def refusals() -> Iterator[tuple[str, bytes, int, dict[str, str] | None]]:
-    """A name, a request, and its answer's status and body, if that is fixed."""
+def refusals() -> Iterator[tuple[bytes, int, dict[str, str] | None]]:
+    """A request, and its answer's status and body, if that is fixed."""
     for query in ("", "?", "?challenge=", "?x=challenge"):
-        yield f"no challenge: {query}", request_bytes("GET", "/live" + query, KEY), 400, MISSING
-    yield "Verify without a key", request_bytes("GET", "/live?challenge=x"), 400, MISSING
-    for query in (*REPEATED, *CROWDED, "challenge=%ff", "challenge=%ed%a0%80"):
-        yield f"challenge: {query[:30]}", request_bytes("GET", f"/live?{query}", KEY), 400, None
-    for space in ("", " ", "\t", "\r", "\n", "\n \t\r\n  "):
-        for text in (space + rest for rest in ("{}", "{", '{"a":1}', "{not JSON", "{\x00")):
-            for encoded in (quote(text, safe=""), quote_plus(text)):
-                verify = request_bytes("GET", f"/live?challenge={encoded}", KEY)
-                yield f"challenge: {encoded}", verify, 400, FORGERY
+        yield request_bytes("GET", "/live" + query, KEY), 400, MISSING
+    yield request_bytes("GET", "/live?challenge=x"), 400, MISSING
+    for query in NO_CHALLENGES:
+        yield request_bytes("GET", f"/live?challenge={query}", KEY), 400, None
+    for space, text in itertools.product(("", " ", "\t", "\r", "\n", "\n \t\r\n  "), FORGERIES):
+        for encoded in (quote(space + text), quote_plus(space + text)):
+            yield request_bytes("GET", f"/live?challenge={encoded}", KEY), 400, FORGERY
     for missing in (NAMES[:1], NAMES[1:], NAMES):
         fields = {k: v for k, v in VECTOR.headers(SIGNAL).items() if k not in missing}
-        yield f"without {missing}", request_bytes("POST", "/live", fields, SIGNAL), 400, MISSING
+        yield request_bytes("POST", "/live", fields, SIGNAL), 400, MISSING
     for key in STRANGERS:
-        verify = request_bytes("GET", "/live?challenge=x", {NAMES[0]: key})
-        yield f"Verify with the key {key!a}", verify, 400, UNKNOWN
-        signal = post_bytes(VECTOR, SIGNAL, **{NAMES[0]: key})
-        yield f"a signal with the key {key!a}", signal, 400, UNKNOWN
-    for what, signature in WRONG_SIGNATURES.items():
-        signal = post_bytes(VECTOR, SIGNAL, **{NAMES[1]: signature})
-        yield f"a signature {what}", signal, 400, WRONG
-    signal = post_bytes(VECTOR, VECTOR.encrypt(SIGNAL), **{NAMES[1]: RIGHT})
-    yield "a signature of the JWE's plaintext", signal, 400, WRONG
+        yield request_bytes("GET", "/live?challenge=x", {NAMES[0]: key}), 400, UNKNOWN
+        yield post_bytes(VECTOR, SIGNAL, **{NAMES[0]: key}), 400, UNKNOWN
+    for signature in WRONG_SIGNATURES:
+        yield post_bytes(VECTOR, SIGNAL, **{NAMES[1]: signature}), 400, WRONG
+    # The signature is of the JWE's plaintext
+    yield post_bytes(VECTOR, VECTOR.encrypt(SIGNAL), **{NAMES[1]: RIGHT}), 400, WRONG
     for path in PATHS:
-        yield f"GET {path}", request_bytes("GET", path, KEY), 404, None
-        signal = request_bytes("POST", path, VECTOR.headers(SIGNAL), SIGNAL)
-        yield f"POST {path}", signal, 404, None
+        yield request_bytes("GET", path, KEY), 404, None
+        yield request_bytes("POST", path, VECTOR.headers(SIGNAL), SIGNAL), 404, None
     for coding in ({"content-encoding": name} for name in ("gzip", "identity", "x")):
-        yield f"{coding}", post_bytes(VECTOR, SIGNAL, **coding), 415, None
-        yield f"{coding}, unsigned", request_bytes("POST", "/live", coding, SIGNAL), 415, None
+        yield post_bytes(VECTOR, SIGNAL, **coding), 415, None
+        yield request_bytes("POST", "/live", coding, SIGNAL), 415, None
 
 
-@pytest.mark.parametrize(
-    ("data", "status", "body"), [pytest.param(*row, id=name) for name, *row in refusals()]
-)
+def shown(data: object) -> str:
+    return ascii(data[:40])[2:-1] if isinstance(data, bytes) else ""
+
+
+@pytest.mark.parametrize(("data", "status", "body"), list(refusals()), ids=shown)
 def test_what_is_refused_is_told_why_and_not_stored(
     shared: Receiver, data: bytes, status: int, body: dict[str, str] | None
 ) -> None:
@@ -373,10 +356,6 @@ UNREADABLE = [
 # fmt: on
 
 
-def shown(body: bytes) -> str:
-    return ascii(body[:40])[2:-1]
-
-
 def is_stored(receiver: Receiver, payload: bytes) -> None:
     """In clear and encrypted by joserfc, byte for byte; line breaks become spaces."""
     header = {"alg": "dir", "enc": "A256GCM", "kid": OTHER.public}
@@ -396,19 +375,17 @@ def test_an_odd_payload_is_stored_as_it_is_on_one_line(shared: Receiver, payload
 SCALARS = st.none() | st.booleans() | st.integers(-(10**40), 10**40) | st.text(max_size=20)
 VALUES = st.recursive(
     SCALARS | st.floats(allow_nan=False, allow_infinity=False),
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
-    ),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=12,
 )
-OBJECTS = st.dictionaries(st.text(max_size=10), VALUES, max_size=5)
 
 
 @RANDOM
-@given(OBJECTS, st.booleans(), st.sampled_from([(",", ":"), (", ", ": ")]))
+@given(st.dictionaries(st.text(), VALUES, max_size=5), st.booleans(), st.booleans())
 def test_any_object_is_stored_as_it_is(
-    shared: Receiver, document: Any, ascii_only: bool, separators: tuple[str, str]
+    shared: Receiver, document: dict[str, Any], ascii_only: bool, spaced: bool
 ) -> None:
+    separators = (", ", ": ") if spaced else (",", ":")
     text = json.dumps(document, ensure_ascii=ascii_only, separators=separators)
     is_stored(shared, text.encode())
 
@@ -478,11 +455,8 @@ def test_what_is_authentic_but_no_signal_is_400_not_stored(shared: Receiver, bod
 @RANDOM
 @given(st.binary(max_size=60) | st.text('{}[]":,ab01e.-N \n\\u', max_size=12).map(str.encode))
 def test_random_bytes_are_stored_or_refused_as_json_says(shared: Receiver, body: bytes) -> None:
-    def no_constant(name: str) -> None:
-        raise ValueError(name)
-
-    try:
-        is_signal = isinstance(json.loads(body.decode(), parse_constant=no_constant), dict)
+    try:  # int() refuses NaN and Infinity
+        is_signal = isinstance(json.loads(body.decode(), parse_constant=int), dict)
     except ValueError:
         is_signal = False
     answer = shared.post(OTHER, body)
@@ -505,7 +479,7 @@ def test_a_reason_never_shows_what_a_message_held(receiver: Receiver, pair: Pair
     assert "someone" not in answer.body.decode() + "".join(receiver.log)
 
 
-# --- The other rows ---------------------------------------------------------------------------
+# --- Requests and connections -----------------------------------------------------------------
 
 
 def test_the_path_decides_and_a_query_is_ignored(shared: Receiver) -> None:
@@ -522,10 +496,9 @@ def test_the_path_decides_and_a_query_is_ignored(shared: Receiver) -> None:
 def test_another_endpoint_path_can_be_chosen(start: Start, pair: Pair) -> None:
     receiver = start("--path", "/hooks/notificare")
     assert receiver.url.endswith("/hooks/notificare")
-    payload = signal_payload()
-    target = "/hooks/notificare"
-    assert receiver.request("POST", target, payload, pair.headers(payload)).json == ACCEPTED
-    refused(receiver.post(pair, payload), 404)
+    data = post_bytes(pair, signal_payload())
+    assert ask(receiver.port, data.replace(b"/live", b"/hooks/notificare", 1)).json == ACCEPTED
+    refused(ask(receiver.port, data), 404)
     assert receiver.request("GET", "/status").status == 200
 
 
@@ -570,10 +543,7 @@ def test_a_malformed_request_is_refused_and_is_the_last(shared: Receiver, case: 
 
 @pytest.mark.parametrize("case", UNUSUAL, ids=str)
 def test_unusual_right_requests_are_served_and_so_is_the_next(shared: Receiver, case: Case) -> None:
-    """RFC 9112 §6.3: a POST with neither length nor chunks has an empty body, which is no signal.
-
-    RFC 9110 §15.5.6: the origin server MUST generate an Allow header field in a 405.
-    """
+    """RFC 9112 §6.3: a POST with neither length nor chunks has an empty body: no signal."""
     is_signal = b"}" in case.data
     with Wire(shared.port) as wire:
         wire.send(case.data + STATUS)
@@ -632,9 +602,6 @@ def test_who_half_closes_is_answered_but_no_cut_request_is(shared: Receiver, par
     assert stored_ids(shared)[-1] == payload_id(payload)
 
 
-# --- Answers ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("line", ["GET /live?challenge=a", "GET /", "BREW /live", "GET *", "x"])
 def test_every_answer_has_a_date_and_tells_no_version(shared: Receiver, line: str) -> None:
     """RFC 9110 §6.6.1: a server with a clock sends Date in 2xx, 3xx and 4xx."""
@@ -658,11 +625,7 @@ def test_head_answers_like_get_without_a_body(shared: Receiver, target: str, sta
         answer = wire.answer(to_head=True)
         status_follows(wire, answer)
     assert answer.status == full.status == status
-    for name in ("content-type", "content-length", "connection"):
-        assert answer.headers.get(name) == full.headers.get(name)
-
-
-# --- Connections ------------------------------------------------------------------------------
+    assert {**answer.headers, "date": ""} == {**full.headers, "date": ""}
 
 
 def test_pipelined_requests_are_answered_in_their_order(shared: Receiver) -> None:
@@ -761,11 +724,8 @@ def test_a_body_is_never_mistaken_for_the_next_request_and_with_get_or_head_refu
             status_follows(wire, answer)
 
 
-# Expect: 100-continue, RFC 9110 §10.1.1
-
-
 def expecting(payload: bytes, version: str = "HTTP/1.1", **fields: str) -> bytes:
-    """The head of a signal whose sender waits to be told to go on."""
+    """The head of a signal whose sender waits to be told to go on (RFC 9110 §10.1.1)."""
     headers = {**VECTOR.headers(payload), "expect": "100-continue"}
     headers.update({"content-length": str(len(payload)), **fields})
     return request_bytes("POST", "/live", headers, version=version)
@@ -791,9 +751,6 @@ def test_no_100_without_a_body_nor_to_http_1_0_nor_for_what_is_refused(shared: R
     ended(shared, expecting(SIGNAL, **{NAMES[0]: "nobody"}), 400)
 
 
-# --- The log ----------------------------------------------------------------------------------
-
-
 def test_what_a_stranger_sends_forges_no_line_of_the_log(start: Start) -> None:
     receiver = start("--access-log")
     before = len(receiver.log)
@@ -803,9 +760,6 @@ def test_what_a_stranger_sends_forges_no_line_of_the_log(start: Start) -> None:
     assert receiver.stop() == 0
     assert all(line.isprintable() for line in receiver.log[before:])
     assert not [line for line in receiver.log if line.startswith("FORGED")]
-
-
-# --- Timing -----------------------------------------------------------------------------------
 
 
 def test_secrets_are_compared_only_by_compare_digest() -> None:

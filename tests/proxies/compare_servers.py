@@ -26,7 +26,7 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 from corpus import ACCEPTED, PAIR, REFUSED, STATUS, Case  # noqa: E402
 from harness import Receiver, eventually, free_ports  # noqa: E402
-from sites import nginx_command, nginx_config  # noqa: E402
+from sites import NGINX, command  # noqa: E402
 
 QUIET = 0.7  # seconds without a byte after which a server is taken to be waiting for more
 
@@ -71,7 +71,7 @@ require('http').createServer((request, response) => {
 }).listen(+process.argv[1], '127.0.0.1');
 """
 
-NGINX = """
+NGINX_SITES = """
     server {{ listen 127.0.0.1:PORT; location / {{ proxy_pass http://unix:{directory}/inner; }} }}
     server {{ listen unix:{directory}/inner; location / {{ return 200 ok; }} }}
 """
@@ -95,7 +95,7 @@ def commands(directory: Path) -> dict[str, list[str]]:
     uvicorn = [*python, "uvicorn", "apps:asgi", "--port", "PORT", "--log-level", "critical"]
     gunicorn = ["gunicorn", "--threads", "64", "--no-control-socket", "-b", "127.0.0.1:PORT"]
     return {
-        "nginx": nginx_command(directory / "nginx.conf"),
+        "nginx": command("nginx", directory / "nginx.conf"),
         "Node http": ["node", "-e", NODE, "PORT"],
         "gunicorn": [*python, *gunicorn, "apps:wsgi"],
         "uvicorn h11": [*uvicorn, "--http", "h11"],
@@ -114,12 +114,12 @@ def running() -> Iterator[dict[str, int]]:
         stack.callback(receiver.stop)
         others = commands(directory)
         ports = dict(zip(others, free_ports(len(others)), strict=True))
-        sites = NGINX.format(directory=directory).replace("PORT", str(ports["nginx"]))
-        (directory / "nginx.conf").write_text(nginx_config(directory, sites))
+        sites = NGINX_SITES.format(directory=directory).replace("PORT", str(ports["nginx"]))
+        (directory / "nginx.conf").write_text(NGINX.format(sites=sites))
         (directory / "apps.py").write_text(APPS)
         with (directory / "output.txt").open("w") as output:
-            for server, command in others.items():
-                filled = [part.replace("PORT", str(ports[server])) for part in command]
+            for server, words in others.items():
+                filled = [part.replace("PORT", str(ports[server])) for part in words]
                 process = subprocess.Popen(filled, cwd=directory, stdout=output, stderr=output)
                 stack.callback(process.wait)
                 stack.callback(process.terminate)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+import ssl
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -15,27 +16,23 @@ import httpx
 import pytest
 from harness import Pair, Receiver, eventually, free_ports
 from pages import examples, replaced
-from peers import Certificate, make_certificate
+from peers import make_certificate
 
 PATH = "/usr/sbin:/usr/bin:/bin:/usr/local/bin"
 
 # In the foreground, with every file it writes in a directory of its own. Its worker runs as root:
 # it must be able to write where the test has made room for large bodies.
 NGINX = """
-daemon off; user root; pid {directory}/pid; error_log {directory}/error.log; worker_processes 1;
+daemon off; user root; worker_processes 1; pid pid; error_log error.log;
 events {{}}
 http {{
-    access_log off;
-    client_body_temp_path {directory}/body; proxy_temp_path {directory}/proxy;
-    fastcgi_temp_path {directory}/fastcgi; uwsgi_temp_path {directory}/uwsgi;
-    scgi_temp_path {directory}/scgi;
+    access_log off; client_body_temp_path body; proxy_temp_path proxy;
+    fastcgi_temp_path fastcgi; uwsgi_temp_path uwsgi; scgi_temp_path scgi;
     {sites}
 }}
 """
 
 HAPROXY = """
-global
-    stats timeout 10s
 defaults
     mode http
     timeout connect 5s
@@ -73,14 +70,6 @@ def need(program: str) -> None:
         pytest.skip(f"{program} is not installed: apt-get install {program}")
 
 
-def nginx_config(directory: Path, sites: str) -> str:
-    return NGINX.format(directory=directory, sites=sites)
-
-
-def nginx_command(file: Path, *options: str) -> list[str]:
-    return ["/usr/sbin/nginx", *options, "-p", str(file.parent), "-c", str(file)]
-
-
 def config(proxy: str, directory: Path, port: int, upstream: int) -> str:
     """The configuration of one of PROXIES, with the test's ports and certificate.
 
@@ -93,7 +82,7 @@ def config(proxy: str, directory: Path, port: int, upstream: int) -> str:
         listen = f"listen 127.0.0.1:{port} ssl; location = /smuggled {{ return 403; }}"
         certbots = "/etc/letsencrypt/live/live.example.com/"
         changes |= {certbots + "fullchain.pem": pem, certbots + "privkey.pem": key}
-        return nginx_config(directory, replaced(site, {"listen 443 ssl;": listen, **changes}))
+        return NGINX.format(sites=replaced(site, {"listen 443 ssl;": listen, **changes}))
     if proxy.startswith("HAProxy"):
         bind = {"127.0.0.1:443": f"127.0.0.1:{port}", "/tls.both": f"{directory}/tls.both"}
         return replaced(HAPROXY, bind | changes)
@@ -106,7 +95,7 @@ def config(proxy: str, directory: Path, port: int, upstream: int) -> str:
 
 def command(proxy: str, file: Path) -> list[str]:
     if proxy.startswith("nginx"):
-        return nginx_command(file)
+        return ["/usr/sbin/nginx", "-p", str(file.parent), "-c", str(file)]
     if proxy.startswith("HAProxy"):
         return ["/usr/sbin/haproxy", "-db", "-f", str(file)]
     return ["caddy", "run", "--adapter", "caddyfile", "--config", str(file)]
@@ -149,22 +138,23 @@ class Site:
 
     proxy: str
     port: int
-    certificate: Certificate
+    cafile: str
     tap: Tap
     receiver: Receiver
     pair: Pair
+    output: Path  # what the proxy said
 
     @property
     def url(self) -> str:
         return f"https://localhost:{self.port}"
 
     @property
-    def cafile(self) -> str:
-        return str(self.certificate.cert)
+    def trust(self) -> ssl.SSLContext:
+        return ssl.create_default_context(cafile=self.cafile)
 
     def client(self) -> httpx.Client:
         """One that keeps its connection."""
-        return httpx.Client(base_url=self.url, verify=self.certificate.context(), timeout=30)
+        return httpx.Client(base_url=self.url, verify=self.trust, timeout=30)
 
     def post(self, client: httpx.Client, body: bytes) -> httpx.Response:
         return client.post("/live", content=body, headers=self.pair.headers(body))
@@ -180,7 +170,7 @@ def serve(proxy: str, directory: Path, receiver: Receiver, pair: Pair) -> Iterat
     [port] = free_ports(1)
     file, output = directory / "proxy.conf", directory / "output.txt"
     file.write_text(config(proxy, directory, port, tap.port))
-    site = Site(proxy, port, certificate, tap, receiver, pair)
+    site = Site(proxy, port, str(certificate.cert), tap, receiver, pair, output)
     with output.open("w") as said:
         env = {"HOME": str(directory), "PATH": PATH}
         process = subprocess.Popen(

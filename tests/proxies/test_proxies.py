@@ -24,8 +24,8 @@ from typing import NamedTuple
 import pytest
 from attacks import ATTACKS, HIDDEN
 from harness import ACCEPTED, COMMAND, Pair, Start, eventually, payload_id, run, signal_payload
-from peers import at_once, make_certificate
-from sites import KEEPING, PATH, PROXIES, Site, config, need, nginx_command, serve
+from peers import at_once
+from sites import KEEPING, PATH, PROXIES, Site, need, serve
 
 NODE = """
 const { url, headers, body, chunked } = JSON.parse(require('fs').readFileSync(0, 'utf8'));
@@ -164,8 +164,7 @@ def test_no_request_is_smuggled_past_the_proxy(site: Site) -> None:
     def attack(data: bytes) -> None:
         with suppress(OSError):
             plain = socket.create_connection(("127.0.0.1", site.port), 5)
-            context = site.certificate.context()
-            with context.wrap_socket(plain, server_hostname="localhost") as connection:
+            with site.trust.wrap_socket(plain, server_hostname="localhost") as connection:
                 connection.sendall(data)
                 connection.settimeout(0.5)
                 while connection.recv(65536):
@@ -185,17 +184,10 @@ def test_no_request_is_smuggled_past_the_proxy(site: Site) -> None:
 
 
 @behind_keeping
-def test_check_finds_nothing_wrong(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_finds_nothing_wrong_and_nginx_warns_of_nothing(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "[warn]" not in site.output.read_text()
     monkeypatch.setenv("SSL_CERT_FILE", site.cafile)
     checked = run(*COMMAND, "check", site.url + "/live", "--keys", site.receiver.keys)
     assert checked.returncode == 0, checked.stdout + checked.stderr
-
-
-def test_the_documented_nginx_configuration_has_no_warning(tmp_path: Path) -> None:
-    need("nginx")
-    make_certificate(tmp_path)
-    file = tmp_path / "proxy.conf"
-    file.write_text(config("nginx", tmp_path, 3015, 3014))
-    done = run(*nginx_command(file, "-t"))
-    assert done.returncode == 0, done.stderr
-    assert "warn" not in done.stderr
