@@ -27,34 +27,31 @@ CHUNKS = b"5\r\n{   }\r\n0\r\n\r\n"
 STATUS = b"GET /status HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
-def head(*lines: bytes) -> bytes:
-    return b"\r\n".join(lines) + b"\r\n\r\n"
-
-
 def get(*fields: bytes, line: bytes = b"GET /status HTTP/1.1") -> bytes:
-    return head(line, b"Host: a", *fields)
+    return b"\r\n".join([line, b"Host: a", *fields, b"", b""])
 
 
 def post(*fields: bytes, body: bytes = BODY, version: bytes = b"HTTP/1.1") -> bytes:
     """The head of a signed POST; the framing is the case's own."""
-    return head(
-        b"POST /live " + version,
-        b"Host: a",
-        b"x-notificare-public-key: " + PAIR.public.encode(),
-        b"x-notificare-signature: " + PAIR.sign(body).encode(),
-        *fields,
-    )
+    key, proof = PAIR.public.encode(), PAIR.sign(body).encode()
+    signed = (b"x-notificare-public-key: " + key, b"x-notificare-signature: " + proof)
+    return get(*signed, *fields, line=b"POST /live " + version)
 
 
 def chunked(sent: bytes, body: bytes = BODY) -> bytes:
     return post(b"Transfer-Encoding: chunked", body=body) + sent
 
 
-def spread(length: int, over: int) -> bytes:
-    """A signal of `length` bytes in chunks of `over`; what frames one has six bytes."""
+def chunks(body: bytes, size: int) -> bytes:
+    """The body in chunks of this size; what frames one has six bytes up to a size of 255."""
+    pieces = [body[at : at + size] for at in range(0, len(body), size)]
+    return b"".join(b"%02x\r\n%b\r\n" % (len(each), each) for each in pieces) + b"0\r\n\r\n"
+
+
+def spread(length: int, size: int) -> bytes:
+    """A signal of `length` bytes in chunks of this size."""
     body = b"{" + b" " * (length - 2) + b"}"
-    chunks = [b"%02x\r\n%b\r\n" % (over, body[at : at + over]) for at in range(0, length, over)]
-    return chunked(b"".join(chunks) + b"0\r\n\r\n", body)
+    return chunked(chunks(body, size), body)
 
 
 def full(length: int) -> bytes:
@@ -223,7 +220,7 @@ ACCEPTED = [
     Case("9112 §2.2", "an empty line before the request", b"\r\n" + STATUS),
     *[Case("9110 §2.5", f"HTTP/1.{n} is taken as 1.1", get(line=b"GET /status HTTP/1.%d" % n))
       for n in (2, 9)],
-    Case("9112 §3.2", "HTTP/1.0 without Host", head(b"GET /status HTTP/1.0")),
+    Case("9112 §3.2", "HTTP/1.0 without Host", b"GET /status HTTP/1.0\r\n\r\n"),
     Case("9112 §3.2.2", "absolute-form with an empty path", get(line=b"GET http://a HTTP/1.1")),
     Case("9112 §3.2.2", "absolute-form with a query for a path",
           get(line=b"GET http://a?b HTTP/1.1")),
