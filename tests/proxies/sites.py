@@ -51,11 +51,9 @@ backend liveapi
 # What is changed in the documented configuration, or in HAPROXY.
 PROXIES: dict[str, dict[str, str]] = {
     "nginx": {},
-    "nginx to HTTP/1.0": {  # as it comes: a connection for each request
-        "keepalive 16;": "",
-        "proxy_http_version 1.1;": "",
-        'proxy_set_header Connection "";': "",
-    },
+    "nginx to HTTP/1.0": dict.fromkeys(  # as it comes: a connection for each request
+        ("keepalive 16;", "proxy_http_version 1.1;", 'proxy_set_header Connection "";'), ""
+    ),
     "nginx unbuffered": {"location / {": "location / { proxy_request_buffering off;"},
     "Caddy": {},
     "Caddy streaming": {"transport http {": "flush_interval -1\ntransport http {"},
@@ -71,10 +69,7 @@ def need(program: str) -> None:
 
 
 def config(proxy: str, directory: Path, port: int, upstream: int) -> str:
-    """The configuration of one of PROXIES, with the test's ports and certificate.
-
-    It forbids /smuggled. Caddy would ask a public authority for a certificate.
-    """
+    """One of PROXIES with the test's ports and certificate; it forbids /smuggled."""
     page, pem, key = "docs/proxies-and-tls.md", f"{directory}/tls.pem", f"{directory}/tls.key"
     changes = {**PROXIES[proxy], "127.0.0.1:3014": f"127.0.0.1:{upstream}"}
     if proxy.startswith("nginx"):
@@ -86,7 +81,7 @@ def config(proxy: str, directory: Path, port: int, upstream: int) -> str:
     if proxy.startswith("HAProxy"):
         bind = {"127.0.0.1:443": f"127.0.0.1:{port}", "/tls.both": f"{directory}/tls.both"}
         return replaced(HAPROXY, bind | changes)
-    (site,) = examples("Caddy", page, "caddyfile")
+    (site,) = examples("Caddy", page, "caddyfile")  # it would ask for a public certificate
     own = f"https://localhost:{port} {{\nbind 127.0.0.1\ntls {pem} {key}\nrespond /smuggled 403\n"
     return "{\nadmin off\nauto_https off\n}\n" + replaced(
         site, {"live.example.com {": own, **changes}
@@ -126,10 +121,6 @@ class Tap:
                 kept += data
                 sink.sendall(data)
             sink.shutdown(socket.SHUT_WR)
-
-    @property
-    def bytes(self) -> bytes:
-        return b"".join(map(bytes, self.seen))
 
 
 @dataclass

@@ -22,7 +22,7 @@ from subprocess import PIPE
 from typing import NamedTuple
 
 import pytest
-from attacks import ATTACKS, HIDDEN
+from corpus import WRONG_CODINGS
 from harness import ACCEPTED, COMMAND, Pair, Start, eventually, payload_id, run, signal_payload
 from peers import at_once
 from sites import KEEPING, PATH, PROXIES, Site, need, serve
@@ -112,11 +112,12 @@ def test_verify_and_signals_work_through_the_proxy_for_every_client(site: Site) 
         status, text = client(site, Call("/live", wrong, body))
         assert (status, json.loads(text)) == (400, {"error": "invalid signature"}), name
     assert site.receiver.ids() == sent
-    versions = set(re.findall(rb"(?:GET|POST) \S+ HTTP/(1\.[01])\r\n", site.tap.bytes))
+    sent_on = b"".join(site.tap.seen)
+    versions = set(re.findall(rb"(?:GET|POST) \S+ HTTP/(1\.[01])\r\n", sent_on))
     assert versions == {b"1.0" if "HTTP/1.0" in site.proxy else b"1.1"}
     # Those that stream hand a chunked body on as chunks; nginx as it comes gathers it first.
     streams = "unbuffered" in site.proxy or not site.proxy.startswith("nginx")
-    assert (b"transfer-encoding: chunked" in site.tap.bytes.lower()) == streams
+    assert (b"transfer-encoding: chunked" in sent_on.lower()) == streams
 
 
 @behind_each
@@ -155,6 +156,51 @@ def test_each_signal_of_many_clients_at_once_is_stored_once(site: Site) -> None:
 
     assert at_once(8, some) == [{200}] * 8
     assert sorted(site.receiver.ids()) == sorted(map(payload_id, bodies))
+
+
+# Requests that hide another: whoever reads the framing in another way finds it after the body
+
+HIDDEN = b"GET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n"
+HEAD = b"POST /live HTTP/1.1\r\nHost: localhost\r\n"
+CHUNK = b"%x\r\n%b\r\n0\r\n\r\n" % (len(HIDDEN), HIDDEN)
+
+# fmt: off
+# A coding that not everybody sees, beside a length.
+CODINGS = [
+    *[b"Transfer-Encoding: " + value for value in (b"chunked", *WRONG_CODINGS)],
+    b"Transfer-Encoding : chunked", b"Transfer_Encoding: chunked", b"Transfer-Encoding:\x0bchunked",
+    b"Transfer-Encoding:\xa0chunked", b"Transfer-Encoding:\r\n chunked",
+    b"X: y\r\n Transfer-Encoding: chunked", b"X: y\nTransfer-Encoding: chunked",
+    b"X: y\rTransfer-Encoding: chunked",
+    b"Transfer-Encoding: identity\r\nTransfer-Encoding: chunked",
+    b"Transfer-Encoding: chunked\r\nTransfer-Encoding: x",
+    b"Connection: Transfer-Encoding\r\nTransfer-Encoding: chunked",
+]
+# A length that is none to some, or another.
+LENGTHS = [
+    *[b"Content-Length: " + value for value in (b"0\r\nContent-Length: %d", b"0, %d", b"%d, 0",
+      b"%d\r\nContent-Length: 0", b"+%d", b"%#x", b"%d 0", b"%d\x00")],
+    b"Content-Length : %d", b"Content_Length: %d", b"Content-Length:\r\n %d",
+    b"X: y\nContent-Length: %d", b"Connection: Content-Length\r\nContent-Length: %d",
+    b"Expect: 100-continue\r\nContent-Length: %d",
+]
+# Chunks that end in two ways.
+CHUNKS = [
+    b"0\n\r\n" + HIDDEN, b"0\r\n\n" + HIDDEN, b"0x0\r\n\r\n" + HIDDEN, b"-0\r\n\r\n" + HIDDEN,
+    b"10000000000000000\r\n\r\n" + HIDDEN, b"0\r\nX: y\n\n" + HIDDEN, b"2;\nxx\r\n" + CHUNK,
+    b"2\r\nxxx\r\n" + CHUNK,
+]
+# fmt: on
+
+# Read by its length, a body holds the hidden request; read by its chunks, it follows. Or reversed.
+BOTH = [(len(b"0\r\n\r\n" + HIDDEN), b"0\r\n\r\n" + HIDDEN), (CHUNK.index(HIDDEN), CHUNK)]
+ATTACKS = [
+    HEAD + b"Content-Length: %d\r\n%b\r\n\r\n%b" % (length, coding, body)
+    for coding in CODINGS
+    for length, body in BOTH
+]
+ATTACKS += [HEAD + length % len(HIDDEN) + b"\r\n\r\n" + HIDDEN for length in LENGTHS]
+ATTACKS += [HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunks for chunks in CHUNKS]
 
 
 @behind_keeping
