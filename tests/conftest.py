@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Pair, Receiver
+from harness import Pair, Receiver, Start
 from peers import Certificate, make_certificate
 
 
@@ -15,7 +15,7 @@ def pair() -> Pair:
 
 
 @pytest.fixture
-def start(tmp_path: Path, pair: Pair) -> Iterator[Callable[..., Receiver]]:
+def start(tmp_path: Path, pair: Pair) -> Iterator[Start]:
     """Start receivers in `tmp_path`; whatever is still running at the end is killed."""
     started: list[Receiver] = []
 
@@ -30,7 +30,7 @@ def start(tmp_path: Path, pair: Pair) -> Iterator[Callable[..., Receiver]]:
 
 
 @pytest.fixture
-def receiver(start: Callable[..., Receiver]) -> Receiver:
+def receiver(start: Start) -> Receiver:
     return start()
 
 

@@ -37,9 +37,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="corpus-") as corpus:
         for i, seed in enumerate(seeds):
             Path(corpus, f"seed-{i}").write_bytes(seed)
-        atheris.Setup(
-            [sys.argv[0], "-max_len=2048", "-timeout=5", *sys.argv[1:], corpus], one_input
-        )
+        options = ["-max_len=2048", "-timeout=5", *sys.argv[1:], corpus]
+        atheris.Setup([sys.argv[0], *options], one_input)
         atheris.Fuzz()
 
 

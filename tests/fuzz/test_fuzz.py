@@ -13,26 +13,23 @@ import io
 import os
 import random
 import re
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
-import pytest
 from corpus import agree, check_reading, mutant, read_all
-from harness import Answer, Pair, Receiver, within
+from harness import Answer, Pair, Start, within
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peers import at_once
 from wire import Wire
 
 FULL = os.environ.get("LIVEAPI_FULL") == "1"
 READ = 900_000 if FULL else 15_000  # requests for the reader alone
 SENT = 100_000 if FULL else 2_000  # requests over sockets
-EXAMPLES = 3_000 if FULL else 200  # of each hypothesis test
-SHORT = settings(
-    max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None
+SHORT = settings(  # of each hypothesis test
+    max_examples=3_000 if FULL else 200,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    database=None,
 )
-
-
-# The reader alone
 
 
 def test_the_reader_refuses_or_reads_but_never_fails_and_h11_reads_the_same() -> None:
@@ -109,25 +106,6 @@ def test_what_follows_the_grammar_is_read_as_it_was_meant(sent: list[Right]) -> 
 # Over sockets
 
 
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Receiver, Pair]]:
-    pair = Pair("my-app")
-    receiver = Receiver(
-        tmp_path_factory.mktemp("fuzz"), "--timeout", "2", "--max-body", "1000", pairs=(pair,)
-    )
-    yield receiver, pair
-    try:
-        assert receiver.process.poll() is None, "it has ended"
-        assert receiver.raw() == b""
-        assert receiver.stop() == 0
-        log = "\n".join(receiver.log)
-        assert "Traceback" not in log
-        assert "defect" not in log
-        assert len(receiver.log) < 500, "strangers fill the log"
-    finally:
-        receiver.kill()
-
-
 def judge(reply: Answer, data: bytes) -> None:
     """Only what needs no signature is answered with 2xx; all else is a refusal with a reason."""
     assert reply.status in (100, 200, 400, 404, 405, 408, 413, 414, 415, 417, 431, 505), data
@@ -152,8 +130,8 @@ def hurl(port: int, data: bytes) -> None:
             judge(reply, data)
 
 
-def test_mutants_are_answered_or_closed_and_none_is_stored(target: tuple[Receiver, Pair]) -> None:
-    receiver, pair = target
+def test_mutants_are_answered_or_closed_and_none_is_stored(start: Start, pair: Pair) -> None:
+    receiver = start("--timeout", "2", "--max-body", "1000")
 
     def some(seed: int) -> None:
         dice = random.Random(seed)
@@ -161,6 +139,9 @@ def test_mutants_are_answered_or_closed_and_none_is_stored(target: tuple[Receive
             pipeline = [mutant(dice, pair) for _ in range(dice.choice([1, 1, 1, 2, 7]))]
             hurl(receiver.port, b"".join(pipeline))
 
-    with within(SENT / 50), ThreadPoolExecutor(4) as pool:  # slower: something hangs
-        list(pool.map(some, range(4)))
+    at_once(4, some, within=SENT / 50)  # slower: something hangs
     assert receiver.request("GET", "/status").status == 200
+    assert receiver.stop() == 0
+    assert receiver.raw() == b""
+    assert not re.search("Traceback|defect", "\n".join(receiver.log))
+    assert len(receiver.log) < 500, "strangers fill the log"
