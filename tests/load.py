@@ -22,10 +22,9 @@ class Load:
     """Senders that send each signal until it gets a 200, as the Live API's retries would.
 
     One in eight is encrypted, one in eight is sent a second time although it was acknowledged.
-    The senders take turns with the pairs.
     """
 
-    pairs: tuple[Pair, ...]
+    pairs: tuple[Pair, ...]  # the senders take turns with them
     port: int
     connections: int = 6
     size: int = 0  # bytes of ballast in each signal
@@ -94,8 +93,6 @@ class Load:
 
 
 class Counts(NamedTuple):
-    """A load of which every signal was acknowledged and stored once."""
-
     stored: int
     segments: int
     cut_off: int  # requests

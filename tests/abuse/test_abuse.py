@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from ssl import SSLContext
 from subprocess import PIPE, Popen
-from urllib.parse import quote
 
 import pytest
 from disks import injected, stored_line
@@ -57,10 +56,6 @@ def full(count: int, otherwise: int) -> int:
     return count if FULL else otherwise
 
 
-def verify_bytes(challenge: str) -> bytes:
-    return request_bytes("GET", "/live?challenge=" + quote(challenge), KEY)
-
-
 class Witness:
     """An honest client, which times its signals, and sees what the receiver's process uses."""
 
@@ -81,12 +76,9 @@ class Witness:
     def _status(self, name: str) -> int:
         return int(re.findall(rf"{name}:\s+(\d+)", (self.proc / "status").read_text())[0])
 
-    def memory(self, name: str = "VmRSS") -> float:
-        """MiB resident."""
-        return self._status(name) / 1024
-
-    def peak(self) -> float:
-        return self.memory("VmHWM")
+    def memory(self, peak: bool = False) -> float:
+        """MiB resident, now or at most."""
+        return self._status("VmHWM" if peak else "VmRSS") / 1024
 
     def open(self) -> int:
         return len(os.listdir(self.proc / "fd"))
@@ -128,10 +120,10 @@ class Witness:
     def check(self, name: str, usual: float = 0.15) -> None:
         """All stored, half of them in the `usual` time and nearly all in a second; the figures."""
         times = sorted(self.times)
-        p50, p99 = (times[int(share * (len(times) - 1))] for share in (0.5, 0.99))
+        p50, p99 = times[len(times) // 2], times[int(0.99 * (len(times) - 1))]
         told = f"{name}: {len(times)} signals, p50 {p50:.4f} s, p99 {p99:.4f} s, at most"
-        told += f" {times[-1]:.4f} s; {self.threads} threads, {self.descriptors} descriptors,"
-        told += f" {self.memory_before:.0f} MiB before it, {self.peak():.0f} MiB at most"
+        told += f" {times[-1]:.4f} s, {self.threads} threads, {self.descriptors} descriptors,"
+        told += f" {self.memory_before:.0f} to {self.memory(peak=True):.0f} MiB"
         print(told)
         assert len(self.receiver.lines()) == len(times)
         assert p50 < usual, told
@@ -292,7 +284,7 @@ def test_signals_succeed_and_fast_beside_hostile_clients(
         assert witness.descriptors >= held * 0.9, "the crowd was not there"
     assert witness.descriptors <= held * 1.1 + 48
     assert witness.threads <= limit + 16
-    assert witness.peak() <= witness.memory_before + memory
+    assert witness.memory(peak=True) <= witness.memory_before + memory
     assert len(receiver.log) - before <= 20, "a line for each stranger fills the log"
 
 
@@ -401,9 +393,10 @@ def test_no_answer_goes_astray_and_nothing_stays_behind_when_clients_vanish(calm
     def ask_for_its_own(number: int) -> None:
         """What only its own answer can be."""
         for turn in range(rounds // 3):
-            own = f"{number} {turn}"
+            own = f"{number}-{turn}"
+            verify = request_bytes("GET", f"/live?challenge={own}", KEY)
             with Wire(receiver.port, 30) as wire:
-                wire.send(verify_bytes(own) + post_bytes(PAIR, signal_payload(own=own)) + STATUS)
+                wire.send(verify + post_bytes(PAIR, signal_payload(own=own)) + STATUS)
                 assert wire.answer().body.decode() == PAIR.sign(own.encode())
                 assert wire.answer().json == ACCEPTED
                 assert wire.answer().json == {"status": "ok"}
@@ -435,8 +428,7 @@ def test_where_descriptors_are_used_again_at_once_nobody_gets_anothers_answer(
     A call that takes 3 ms more gives the other threads time to come between.
     """
     keepalive, seen, acknowledged = 0.2, list[str](), set[str]()
-    options = ("--max-connections", "6", "--timeout", "0.3", "--keepalive", str(keepalive))
-    receiver = calm(*options)
+    receiver = calm("--max-connections", "6", "--timeout", "0.3", "--keepalive", str(keepalive))
 
     def exchange(wire: Wire, data: bytes, what: str, status: int = 200) -> bytes:
         wire.send(data)
@@ -452,7 +444,8 @@ def test_where_descriptors_are_used_again_at_once_nobody_gets_anothers_answer(
         for pause in (0, 0.01, keepalive, keepalive + 0.04):
             time.sleep(pause)
             own = payload_id(signal_payload())
-            assert exchange(wire, verify_bytes(own), "verify").decode() == PAIR.sign(own.encode())
+            data = request_bytes("GET", f"/live?challenge={own}", KEY)
+            assert exchange(wire, data, "verify").decode() == PAIR.sign(own.encode())
 
     def post(wire: Wire) -> None:
         for _ in range(5):
@@ -533,20 +526,17 @@ def test_out_of_what_it_needs_it_goes_on_serving_without_a_busy_loop_and_is_fast
     assert witness.threads <= most
 
 
-def test_it_takes_40_mib_at_most_idle_and_80_with_512_clients_and_a_full_window(
-    calm: Start,
-) -> None:
+def test_idle_it_takes_40_mib_at_most_with_512_clients_and_a_full_window_80(calm: Start) -> None:
     idle = calm()
     assert idle.verify(PAIR).status == 200
-    assert Witness(idle).peak() <= 40
+    assert Witness(idle).memory(peak=True) <= 40
     stops_in_time(idle)
     idle.current.write_bytes(b"".join(stored_line(signal_payload()) for _ in range(65_536)))
     receiver = calm()
     witness = Witness(receiver)
     with Crowd(512, STATUS).at(receiver.port):
         eventually(lambda: witness.open() > 512)
-        print(f"{witness.peak():.0f} MiB")
-        assert witness.peak() <= 80
+        assert witness.memory(peak=True) <= 80
 
 
 @needs_strace
@@ -559,9 +549,7 @@ def test_large_signals_that_wait_for_a_disk_that_hangs_take_at_most_400_mib(
     with injected(receiver, tmp_path / "t", hang, only="current.jsonl"):
         answers = at_once(count, lambda n: receiver.post(PAIR, body % n), 120)
     statuses = [answer.status for answer in answers]
-    peak = Witness(receiver).peak()
-    print(f"{count} signals of 1 MiB: {statuses.count(200)} stored, {peak:.0f} MiB at most")
-    assert peak <= 400
+    assert Witness(receiver).memory(peak=True) <= 400
     assert statuses.count(200) >= 60, "64 MiB may wait"
     assert set(statuses) <= {200, 503}
     assert all("retry-after" in answer.headers for answer in answers if answer.status == 503)
@@ -633,11 +621,8 @@ def test_what_has_begun_must_arrive_in_time_in_whole_however_it_drips(
                 break
         reply = wire.reply()
         assert 0.9 < time.monotonic() - began < 1 + LATE
-    if name in ("nothing", "a TLS handshake"):
-        assert reply is None
-    else:
-        assert reply
-        assert (reply.status, reply.closes, type(reply.json)) == (408, True, dict)
+    told = reply and (reply.status, reply.closes, type(reply.json))
+    assert told == (None if name in ("nothing", "a TLS handshake") else (408, True, dict))
 
 
 def test_slow_clients_of_the_console_are_closed_in_time_and_keep_nobody_out(calm: Start) -> None:

@@ -1,9 +1,7 @@
 """Requests made at random: no crash, no hang, no 2xx for anything unsigned.
 
-Run: .venv/bin/pytest tests/fuzz (small counts; part of the default run)
+Run: .venv/bin/pytest tests/fuzz
 Or with a million requests in all: LIVEAPI_FULL=1 .venv/bin/pytest tests/fuzz
-
-First the reader alone, beside a second reading by h11; then the real program over sockets.
 fuzz_reader.py is guided by coverage.
 """
 
@@ -15,7 +13,7 @@ import random
 import re
 
 from corpus import agree, check_reading, mutant, read_all
-from harness import Answer, Pair, Start, within
+from harness import Pair, Start, within
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peers import at_once
@@ -24,11 +22,9 @@ from wire import Wire
 FULL = os.environ.get("LIVEAPI_FULL") == "1"
 READ = 900_000 if FULL else 15_000  # requests for the reader alone
 SENT = 100_000 if FULL else 2_000  # requests over sockets
-SHORT = settings(  # of each hypothesis test
-    max_examples=3_000 if FULL else 200,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-    database=None,
+EXAMPLES = 3_000 if FULL else 200  # of each hypothesis test
+SHORT = settings(
+    max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None
 )
 
 
@@ -103,21 +99,8 @@ def test_what_follows_the_grammar_is_read_as_it_was_meant(sent: list[Right]) -> 
     assert found == [right[1:] for right in sent]
 
 
-# Over sockets
-
-
-def judge(reply: Answer, data: bytes) -> None:
-    """Only what needs no signature is answered with 2xx; all else is a refusal with a reason."""
-    assert reply.status in (100, 200, 400, 404, 405, 408, 413, 414, 415, 417, 431, 505), data
-    if reply.status == 200 and reply.body:
-        verified = b"challenge=" in data and reply.headers["content-type"] == "text/plain"
-        assert verified or reply.json == {"status": "ok"}, (data, reply)
-    elif reply.status >= 400 and reply.body:
-        assert isinstance(reply.json, dict), (data, reply)
-
-
 def hurl(port: int, data: bytes) -> None:
-    """Send `data` and no more, and read what is answered until the server closes."""
+    """Send `data`: only what needs no signature may be answered with 2xx."""
     with Wire(port) as wire:
         wire.send(data)
         wire.half_close()
@@ -127,7 +110,13 @@ def hurl(port: int, data: bytes) -> None:
             assert b"message received" not in wire.buffer
             return
         while reply := wire.reply():
-            judge(reply, data)
+            statuses = (100, 200, 400, 404, 405, 408, 413, 414, 415, 417, 431, 505)
+            assert reply.status in statuses, data
+            if reply.status == 200 and reply.body:
+                verified = b"challenge=" in data and reply.headers["content-type"] == "text/plain"
+                assert verified or reply.json == {"status": "ok"}, (data, reply)
+            elif reply.status >= 400 and reply.body:
+                assert isinstance(reply.json, dict), (data, reply)
 
 
 def test_mutants_are_answered_or_closed_and_none_is_stored(start: Start, pair: Pair) -> None:

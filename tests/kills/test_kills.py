@@ -1,7 +1,4 @@
-"""What was acknowledged is in the log exactly once, whatever ends the process.
-
-Run by `pytest` with 20 kills; by `python tests/kills/kill_run.py 1000` with a thousand.
-"""
+"""What was acknowledged is in the log exactly once, whatever ends the process: see kill_run.py."""
 
 from __future__ import annotations
 
