@@ -1319,7 +1319,6 @@ def follow(signal_log: SignalLog) -> Iterator[bytes]:
     """The log as tail -n 100 -F shows it, but only what is synced; b"" where nothing is new."""
     begun = False
     while True:
-        yield b""
         with open(CURRENT, "rb", opener=lambda *_: signal_log.open(CURRENT)) as file:
             there, ours = os.fstat(file.fileno()), False
             here = (there.st_dev, there.st_ino)
@@ -1330,11 +1329,15 @@ def follow(signal_log: SignalLog) -> Iterator[bytes]:
                     size = sum(map(len, file.read(end - start).splitlines(True)[-STREAM_LINES:]))
                     file.seek(end - size)
                     begun = True
-                while file.tell() < end and (line := file.readline()):
+                while (at := file.tell()) < end and (line := file.readline()):
                     yield line
                 yield b""
+                file.seek(0, os.SEEK_END)  # forget what was read ahead: it may have been cut
+                file.seek(at)
             if ours:  # it is not the open segment any more, and has been synced whole
                 yield from file
+            else:
+                yield b""
 
 
 class ConsoleHandler(StrictHandler):
@@ -1514,8 +1517,9 @@ def activated_listeners() -> dict[str, socket.socket]:
         with contextlib.suppress(OSError):  # it is no socket: one too few
             for fd, name in enumerate(names[: int(count)], 3):
                 given["console" if name == "console" else "live"] = socket.socket(fileno=fd)
+        tcp = [each for each in given.values() if each.family != socket.AF_UNIX]
         listens = (socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        if sum(each.getsockopt(*listens) for each in given.values()) != int(count):
+        if sum(each.getsockopt(*listens) for each in tcp) != int(count):
             raise OperatorError(f"LISTEN_FDS={count}: it may be one named live, one console")
     return given
 

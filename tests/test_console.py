@@ -40,7 +40,15 @@ class Watched:
     """A receiver and its console."""
 
     receiver: Receiver
+    pair: Pair
     port: int
+
+    def post(self, *payloads: bytes) -> None:
+        """Send signals, one after the other on one connection."""
+        with closing(self.receiver.connect()) as connection:
+            for payload in payloads:
+                answer = self.receiver.post(self.pair, payload, connection=connection)
+                assert answer.json == ACCEPTED
 
     def get(self, path: str, method: str = "GET", header: str = "") -> Answer:
         name, _, value = header.format(port=self.port).partition(": ")
@@ -77,13 +85,13 @@ Watch = Callable[..., Watched]
 
 
 @pytest.fixture
-def watch(start: Start) -> Watch:
+def watch(start: Start, pair: Pair) -> Watch:
     """Start a receiver with a console."""
 
     def begin(*options: str, **more: object) -> Watched:
         receiver = start("--console", "0", *options, **more)
         line = receiver.wait_for_log("console")
-        return Watched(receiver, int(re.findall(r"http://127\.0\.0\.1:(\d+)", line)[0]))
+        return Watched(receiver, pair, int(re.findall(r"http://127\.0\.0\.1:(\d+)", line)[0]))
 
     return begin
 
@@ -154,24 +162,19 @@ def test_it_has_these_paths_and_no_other_and_nobody_keeps_what_they_show(watched
 # --- The stream -------------------------------------------------------------------------------
 
 
-def test_the_stream_begins_with_the_last_hundred_and_goes_on(watched: Watched, pair: Pair) -> None:
+def test_the_stream_begins_with_the_last_hundred_and_goes_on(watched: Watched) -> None:
     receiver = watched.receiver
-    connection = receiver.connect()
-    for _ in range(120):
-        assert receiver.post(pair, signal_payload(), connection=connection).json == ACCEPTED
+    watched.post(*(signal_payload() for _ in range(120)))
     with watched.watch() as stream:
         events = [next(stream) for _ in range(100)]
         for payload in (signal_payload(text="é\u2028"), b'{\n"a": 1\n}'):
-            assert receiver.post(pair, payload, connection=connection).json == ACCEPTED
+            watched.post(payload)
             events.append(next(stream))
-    connection.close()
     assert [data for _, data in events] == receiver.raw().splitlines()[20:]
     assert [each for each, _ in events] == receiver.ids()[20:]
 
 
-def test_the_stream_follows_over_closed_segments_and_a_replaced_one(
-    watch: Watch, pair: Pair
-) -> None:
+def test_the_stream_follows_over_closed_segments_and_a_replaced_one(watch: Watch) -> None:
     watched = watch("--segment-bytes", "700")
     receiver = watched.receiver
     with watched.watch() as events:
@@ -179,19 +182,19 @@ def test_the_stream_follows_over_closed_segments_and_a_replaced_one(
             if number == 6:
                 receiver.current.rename(receiver.signals / "20310506T120000.000000Z.jsonl")
             payload = signal_payload(number=number)
-            assert receiver.post(pair, payload).json == ACCEPTED
+            watched.post(payload)
             assert next(events)[0] == payload_id(payload)
     assert len(receiver.closed_segments()) >= 4
 
 
 @needs_strace
-def test_the_stream_shows_only_what_is_synced(watched: Watched, pair: Pair, tmp_path: Path) -> None:
+def test_the_stream_shows_only_what_is_synced(watched: Watched, tmp_path: Path) -> None:
     receiver, payload = watched.receiver, signal_payload()
-    assert receiver.post(pair, signal_payload()).json == ACCEPTED
+    watched.post(signal_payload())
     slow = injected(receiver, tmp_path / "t", "fdatasync:delay_enter=2000000")
     with watched.watch() as events, slow:
         assert next(events)[0] == receiver.ids()[0]
-        poster = threading.Thread(target=receiver.post, args=(pair, payload))
+        poster = threading.Thread(target=watched.post, args=(payload,))
         poster.start()
         eventually(lambda: payload_id(payload).encode() in receiver.raw(), every=0.005)
         written = time.monotonic()
@@ -206,23 +209,20 @@ def resident(receiver: Receiver) -> float:
     return int(re.findall(r"VmRSS:\s+(\d+)", text)[0]) / 1024
 
 
-def test_a_watcher_that_is_slow_lags_and_costs_no_memory(watched: Watched, pair: Pair) -> None:
+def test_a_watcher_that_is_slow_lags_and_costs_no_memory(watched: Watched) -> None:
     receiver, filler = watched.receiver, "x" * 1_000_000
-    assert receiver.post(pair, signal_payload(text=filler)).json == ACCEPTED
+    watched.post(signal_payload(text=filler))
     with watched.watch(receive_buffer=4096) as slow, watched.watch() as quick:
         assert next(quick)[0] == receiver.ids()[0]
         before = resident(receiver)
-        for _ in range(40):
-            assert receiver.post(pair, signal_payload(text=filler)).json == ACCEPTED
+        watched.post(*(signal_payload(text=filler) for _ in range(40)))
         ids = receiver.ids()
         assert [next(quick)[0] for _ in ids[1:]] == ids[1:]
         assert resident(receiver) - before < 16
         assert [next(slow)[0] for _ in ids] == ids
 
 
-def test_what_a_stream_begins_with_is_bounded_in_bytes_too(
-    watch: Watch, tmp_path: Path, pair: Pair
-) -> None:
+def test_what_a_stream_begins_with_is_bounded_in_bytes_too(watch: Watch, tmp_path: Path) -> None:
     (tmp_path / "signals").mkdir()
     lines = [stored_line(signal_payload(text="x" * 1_000_000)) for _ in range(100)]
     (tmp_path / "signals/current.jsonl").write_bytes(b"".join(lines))
@@ -235,12 +235,12 @@ def test_what_a_stream_begins_with_is_bounded_in_bytes_too(
     assert peak - before < 64
     fresh = signal_payload()
     with watched.watch() as events:
-        assert watched.receiver.post(pair, fresh).json == ACCEPTED
+        watched.post(fresh)
         assert any(identity == payload_id(fresh) for identity, _ in events)
 
 
-def test_a_watcher_does_not_hold_up_the_end(watched: Watched, pair: Pair) -> None:
-    assert watched.receiver.post(pair, signal_payload()).json == ACCEPTED
+def test_a_watcher_does_not_hold_up_the_end(watched: Watched) -> None:
+    watched.post(signal_payload())
     with watched.watch() as events:
         next(events)
         with within(3):
@@ -251,12 +251,11 @@ def test_a_watcher_does_not_hold_up_the_end(watched: Watched, pair: Pair) -> Non
 # --- The figures ------------------------------------------------------------------------------
 
 
-def some_of_everything(receiver: Receiver, pair: Pair) -> None:
+def some_of_everything(watched: Watched) -> None:
     """A Verify, two signals stored, one of them repeated, and refusals of three kinds."""
-    first = signal_payload()
+    receiver, pair, first = watched.receiver, watched.pair, signal_payload()
     assert receiver.verify(pair).status == 200
-    for payload in (first, signal_payload(), first):
-        assert receiver.post(pair, payload).json == ACCEPTED
+    watched.post(first, signal_payload(), first)
     assert receiver.post(pair, b"{}", **{"x-notificare-signature": "bm8="}).status == 400
     assert receiver.post(pair, b"no signal").status == 400
     assert receiver.post(Pair("stranger"), b"{}").status == 400
@@ -268,7 +267,7 @@ def test_the_status_and_the_metrics_tell_what_has_come_and_what_was_refused(
     began = time.time()
     watched = watch(pairs=(pair, Pair("other")))
     receiver = watched.receiver
-    some_of_everything(receiver, pair)
+    some_of_everything(watched)
     status = watched.get("/status").json
     assert list(status) == (
         "status reason version started_at endpoint segment segment_bytes connections instances"
@@ -315,9 +314,9 @@ def test_the_status_and_the_metrics_tell_what_has_come_and_what_was_refused(
     assert len(watched.get("/status").json["refusals"]) == 20
 
 
-def test_after_a_restart_the_last_signal_is_known_from_the_log(watch: Watch, pair: Pair) -> None:
+def test_after_a_restart_the_last_signal_is_known_from_the_log(watch: Watch) -> None:
     before = watch()
-    some_of_everything(before.receiver, pair)
+    some_of_everything(before)
     when = 'liveapi_last_signal_timestamp_seconds{instance="my-app"}'
     seconds = before.metrics()[when]
     assert before.receiver.stop() == 0
@@ -349,10 +348,10 @@ def test_the_metrics_have_the_documented_names_and_all_results_from_the_start(
     assert samples["liveapi_commit_duration_seconds_sum"] == 0
 
 
-def test_while_it_cannot_store_status_and_metrics_say_so(watched: Watched, pair: Pair) -> None:
+def test_while_it_cannot_store_status_and_metrics_say_so(watched: Watched) -> None:
     receiver = watched.receiver
     receiver.signals.rename(receiver.directory / "aside")
-    assert receiver.post(pair, signal_payload()).status == 503
+    assert receiver.post(watched.pair, signal_payload()).status == 503
     status = watched.get("/status").json
     assert status["status"] == "unavailable"
     assert status["reason"]

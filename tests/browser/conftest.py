@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 
 import pytest
-from harness import Receiver, free_ports
+from harness import Pair, Receiver, free_ports
 from page import Page
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
@@ -42,10 +42,12 @@ def watched(start: Callable[..., Receiver], console_port: int) -> Receiver:
 
 
 @pytest.fixture
-def page(chromium: webdriver.Chrome, watched: Receiver, console_port: int) -> Iterator[Page]:
+def page(
+    chromium: webdriver.Chrome, watched: Receiver, pair: Pair, console_port: int
+) -> Iterator[Page]:
     """The console, open and connected. No test may end with an error in the browser's console,
     or with a request to anywhere but this console."""
-    shown = Page(chromium, f"http://127.0.0.1:{console_port}/")
+    shown = Page(chromium, f"http://127.0.0.1:{console_port}/", watched, pair)
     shown.complaints(), shown.requested()  # those of the test before
     yield shown.open()
     complaints, requested = shown.complaints(), shown.requested()

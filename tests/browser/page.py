@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
-from harness import ROOT, eventually
+from harness import ROOT, Pair, Receiver, eventually
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -17,10 +18,11 @@ WIDE, PHONE, SMALLEST = (1280, 800), (390, 844), (320, 600)
 
 
 class Page:
-    """One tab that shows the console."""
+    """One tab that shows the console of a receiver."""
 
-    def __init__(self, driver: webdriver.Chrome, url: str) -> None:
+    def __init__(self, driver: webdriver.Chrome, url: str, receiver: Receiver, pair: Pair) -> None:
         self.driver, self.url, self.run = driver, url, driver.execute_script
+        self.receiver, self.pair = receiver, pair
         self.excused: tuple[str, ...] = ()  # what may stand in the browser's console
 
     def open(self, size: tuple[int, int] = WIDE, dark: bool = False, zone: str = "UTC") -> Page:
@@ -35,6 +37,13 @@ class Page:
         self.driver.get(self.url)
         self.says("state", "Receiving")
         return self
+
+    def post(self, *payloads: bytes, receiver: Receiver | None = None) -> None:
+        """Send signals, one after the other on one connection."""
+        receiver = receiver or self.receiver
+        with closing(receiver.connect()) as connection:
+            for payload in payloads:
+                assert receiver.post(self.pair, payload, connection=connection).status == 200
 
     def until(self, check: Callable[[], Any], seconds: float = 20) -> Any:
         return eventually(check, seconds, 0.05)

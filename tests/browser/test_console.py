@@ -8,7 +8,6 @@ import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from functools import partial
 from importlib import resources
 from zoneinfo import ZoneInfo
 
@@ -44,14 +43,6 @@ STRANGE = (  # the signal, its type and user as shown
 )
 
 
-def post_all(receiver: Receiver, pair: Pair, payloads: list[bytes]) -> None:
-    """Post them one after the other on one connection."""
-    connection = receiver.connect()
-    for payload in payloads:
-        assert receiver.post(pair, payload, connection=connection).status == 200
-    connection.close()
-
-
 def numbered(first: int, beyond: int) -> list[bytes]:
     return [signal_payload(userID=f"user-{n:05}") for n in range(first, beyond)]
 
@@ -62,30 +53,28 @@ def names(first: int, beyond: int) -> list[str]:
 
 
 def test_signals_appear_newest_first_with_local_time_and_a_click_shows_the_delay_and_the_line(
-    page: Page, watched: Receiver, pair: Pair
+    page: Page,
 ) -> None:
     page.open(zone="America/New_York")
     exact = b'{"timestamp":1421656451382,"data":{"deviceID":"0c9c516a","e":1e400,"n":0.10,"n":[ ]}}'
-    post_all(watched, pair, [exact, *numbered(0, 5)])
+    page.post(exact, *numbered(0, 5))
     page.shows([*names(0, 5), "0c9c516a"])
-    received = [datetime.fromisoformat(line["received_at"]) for line in watched.lines()]
+    received = [datetime.fromisoformat(line["received_at"]) for line in page.receiver.lines()]
     local = [each.astimezone(ZoneInfo("America/New_York")) for each in reversed(received)]
     assert page.column(0) == [f"{each:%Y-%m-%d %H:%M:%S}" for each in local]
     assert page.text("zone") == "Received (America/New_York)"
     assert page.column(1) == ["my-app"] * 6
     assert page.column(2) == ["notification.Open"] * 5 + ["(no type)"]
     delay, line = page.whole(5)
-    assert line.encode() == watched.raw().splitlines()[0]
+    assert line.encode() == page.receiver.raw().splitlines()[0]
     told = delay.removeprefix("Seconds from timestamp to receipt: ").replace(",", "")
     assert float(told) == pytest.approx(received[0].timestamp() - 1421656451.382, abs=0.01)
 
 
-def test_the_filter_finds_the_lines_that_hold_each_word_and_those_to_come(
-    page: Page, watched: Receiver, pair: Pair
-) -> None:
+def test_the_filter_finds_the_lines_that_hold_each_word_and_those_to_come(page: Page) -> None:
     page.filter("jörg zürich")
     jorg = b'{"type":"email.Bounce","data":{"userID":"J\\u00d6RG","city":"Z\\u00fcrich"}}'
-    post_all(watched, pair, [jorg, b'{"type":"application.Open","data":{"userID":"ana"}}'])
+    page.post(jorg, b'{"type":"application.Open","data":{"userID":"ana"}}')
     page.says("count", "1 of the last 2")
     assert page.users() == ["JÖRG"]
     for typed, found in (("OPEN", ["ana"]), ("jörg open", []), ("my-app", ["ana", "JÖRG"])):
@@ -93,11 +82,11 @@ def test_the_filter_finds_the_lines_that_hold_each_word_and_those_to_come(
         page.shows(found)
 
 
-def test_pause_holds_the_view_and_loses_nothing(page: Page, watched: Receiver, pair: Pair) -> None:
-    post_all(watched, pair, numbered(0, 3))
+def test_pause_holds_the_view_and_loses_nothing(page: Page) -> None:
+    page.post(*numbered(0, 3))
     page.until(lambda: len(page.users()) == 3)
     page.find("#pause").click()
-    post_all(watched, pair, numbered(3, 40))
+    page.post(*numbered(3, 40))
     page.says("pause", "Resume (37 new)")
     assert page.users() == names(0, 3)
     page.find("#pause").click()
@@ -105,20 +94,18 @@ def test_pause_holds_the_view_and_loses_nothing(page: Page, watched: Receiver, p
     assert page.text("pause") == "Pause"
 
 
-def test_everything_can_be_done_with_the_keyboard(
-    page: Page, watched: Receiver, pair: Pair
-) -> None:
+def test_everything_can_be_done_with_the_keyboard(page: Page) -> None:
     def press(*keys: str) -> None:
         ActionChains(page.driver).send_keys(*keys).perform()
 
-    post_all(watched, pair, numbered(0, 3))
+    page.post(*numbered(0, 3))
     page.until(lambda: len(page.users()) == 3)
     page.find("#filter").click()
     press(Keys.TAB, Keys.SPACE)
     page.says("pause", "Resume (0 new)")
     press(Keys.SPACE, Keys.TAB, Keys.TAB, Keys.ENTER)
     page.until(lambda: '"user-00001"' in page.find("[open] pre").text)
-    post_all(watched, pair, numbered(3, 5))  # which do not take the focus from where it is
+    page.post(*numbered(3, 5))  # which do not take the focus from where it is
     page.shows(names(0, 5))
     assert page.run("return document.activeElement.lastChild.textContent") == "user-00001"
     press(Keys.ENTER)
@@ -126,37 +113,35 @@ def test_everything_can_be_done_with_the_keyboard(
 
 
 def test_after_a_restart_it_reconnects_by_itself_and_fills_the_gap(
-    page: Page, watched: Receiver, pair: Pair, start: Callable[..., Receiver], console_port: int
+    page: Page, start: Callable[..., Receiver], console_port: int
 ) -> None:
     page.excused = ("net::ERR_",)
-    post_all(watched, pair, numbered(0, 10))
+    page.post(*numbered(0, 10))
     page.until(lambda: len(page.users()) == 10)
-    watched.stop(signal.SIGKILL)
+    page.receiver.stop(signal.SIGKILL)
     page.says("state", "No connection, trying again")
     assert page.driver.title == "No connection, trying again - Live API receiver"
-    unwatched = start(port=watched.port)  # the page cannot reach this one
-    post_all(unwatched, pair, numbered(10, 70))
+    unwatched = start(port=page.receiver.port)  # the page cannot reach this one
+    page.post(*numbered(10, 70), receiver=unwatched)
     unwatched.stop()
-    again = start("--console", str(console_port), port=watched.port)
+    again = start("--console", str(console_port), port=page.receiver.port)
     page.says("state", "Receiving")
-    post_all(again, pair, numbered(70, 75))
+    page.post(*numbered(70, 75), receiver=again)
     page.until(lambda: page.users()[:5] == names(70, 75))
     assert page.users() == names(0, 75)
 
 
-def test_hostile_strange_and_giant_signals_are_shown_as_text_and_break_nothing(
-    page: Page, watched: Receiver, pair: Pair
-) -> None:
+def test_hostile_strange_and_giant_signals_are_shown_as_text_and_break_nothing(page: Page) -> None:
     payloads, shown = [payload.encode() for payload, *_ in STRANGE], [each[1:] for each in STRANGE]
     for text, as_shown in HOSTILE.items():
         signal = {"type": text, "data": {"userID": text, text: [text]}}
         escaped = "\ud800" in text or "\0" in text  # which JSON does not hold as they are
         payloads.append(json.dumps(signal, ensure_ascii=escaped).encode())
         shown.append((as_shown or text, as_shown or text))
-    post_all(watched, pair, payloads)
+    page.post(*payloads)
     page.until(lambda: len(page.users()) == len(shown))
     assert list(zip(page.column(2), page.users(), strict=True)) == shown[::-1]
-    lines = watched.raw().decode().split("\n")[-2::-1]
+    lines = page.receiver.raw().decode().split("\n")[-2::-1]
     for index, line in enumerate(lines):
         for text, as_shown in HOSTILE.items():
             line = line.replace(text, as_shown) if as_shown else line
@@ -169,16 +154,15 @@ def test_hostile_strange_and_giant_signals_are_shown_as_text_and_break_nothing(
 
 
 def test_thousands_of_signals_do_not_make_it_slow_and_the_newest_thousand_are_kept(
-    page: Page, watched: Receiver, pair: Pair
+    page: Page,
 ) -> None:
     page.run(
         "window.worst = 0; let before = performance.now(); requestAnimationFrame(function next(now)"
         "{ worst = Math.max(worst, now - before); before = now; requestAnimationFrame(next) })"
     )
     with ThreadPoolExecutor(4) as posting:
-        each = [numbered(n, n + 500) for n in range(0, 4000, 500)]
-        list(posting.map(partial(post_all, watched, pair), each))
-    stored = [line["signal"]["data"]["userID"] for line in watched.lines()]
+        list(posting.map(lambda n: page.post(*numbered(n, n + 500)), range(0, 4000, 500)))
+    stored = [line["signal"]["data"]["userID"] for line in page.receiver.lines()]
     page.shows(stored[:-1001:-1], 60)
     assert page.text("count") == "1,000 of the last 1,000"
     took = page.run(
@@ -192,50 +176,42 @@ def test_thousands_of_signals_do_not_make_it_slow_and_the_newest_thousand_are_ke
     assert took < 1000
 
 
-def test_giant_signals_are_kept_in_bounded_memory(
-    page: Page, watched: Receiver, pair: Pair
-) -> None:
+def test_giant_signals_are_kept_in_bounded_memory(page: Page) -> None:
     giants = [signal_payload(type=f"giant-{n}", text="x" * 1_000_000) for n in range(30)]
-    post_all(watched, pair, giants[:15])
+    page.post(*giants[:15])
     page.until(lambda: page.column(2)[:1] == ["giant-14"])
     view = page.column(2)
     assert 5 <= len(view) < 15
     page.find("#pause").click()
-    post_all(watched, pair, giants[15:])
+    page.post(*giants[15:])
     page.says("pause", f"Resume ({len(view)} new)")
     assert page.column(2) == view
 
 
-def test_the_rate_is_the_receivers_and_not_of_what_the_page_loaded(
-    page: Page, watched: Receiver, pair: Pair
-) -> None:
-    post_all(watched, pair, numbered(0, 50))
+def test_the_rate_is_the_receivers_and_not_of_what_the_page_loaded(page: Page) -> None:
+    page.post(*numbered(0, 50))
     page.open()
     page.until(lambda: len(page.users()) == 50)
     page.polled(2)
     assert page.facts()[0]["stored a second"] == "0"
-    post_all(watched, pair, numbered(50, 80))
+    page.post(*numbered(50, 80))
     rate = page.until(lambda: float(page.facts()[0]["stored a second"]))
     assert 2 <= rate <= 30  # of two polls that are 2 to 10 seconds apart
     page.until(lambda: page.facts()[0]["stored a second"] == "0")
 
 
-def test_the_figures_of_each_instance_are_shown_with_refusals_by_reason(
-    page: Page, watched: Receiver, pair: Pair
-) -> None:
+def test_the_figures_of_each_instance_are_shown_with_refusals_by_reason(page: Page) -> None:
     receiver, mine = page.facts()
     assert [mine[name] for name in ("verify last answered", "last signal", "refused")] == ["-"] * 3
-    assert receiver["endpoint"] == watched.url
-    watched.verify(pair)
-    payload = signal_payload()
-    for _ in range(3):
-        watched.post(pair, payload)
+    assert receiver["endpoint"] == page.receiver.url
+    page.receiver.verify(page.pair)
+    page.post(*[signal_payload()] * 3)
     for signature in ("AAAA", "BBBB"):
-        watched.post(pair, b"{}", **{"x-notificare-signature": signature})
-    watched.post(Pair("stranger"), b"{}")
+        page.receiver.post(page.pair, b"{}", **{"x-notificare-signature": signature})
+    page.receiver.post(Pair("stranger"), b"{}")
     page.until(lambda: page.facts()[0]["refused, no instance"] == "1 invalid public key")
     receiver, mine = page.facts()
-    assert receiver["segment bytes"] == f"{len(watched.raw()):,}"
+    assert receiver["segment bytes"] == f"{len(page.receiver.raw()):,}"
     moments = (receiver["started"], mine.pop("verify last answered"), mine.pop("last signal"))
     assert all(re.fullmatch(MOMENT, each) for each in moments)
     assert mine == {"instance": "my-app", "stored": "1", "repeated": "2", "unavailable": "0",
@@ -245,18 +221,16 @@ def test_the_figures_of_each_instance_are_shown_with_refusals_by_reason(
     assert re.fullmatch(MOMENT + r" +- +invalid public key", newest)
     assert len(older) == 2
     assert all(re.fullmatch(MOMENT + r" +my-app +invalid signature", each) for each in older)
-    assert pair.private not in page.driver.page_source
-    assert pair.public not in page.driver.page_source
+    assert page.pair.private not in page.driver.page_source
+    assert page.pair.public not in page.driver.page_source
 
 
-def test_that_signals_cannot_be_stored_is_said_once_and_with_the_reason(
-    page: Page, watched: Receiver, pair: Pair
-) -> None:
+def test_that_signals_cannot_be_stored_is_said_once_and_with_the_reason(page: Page) -> None:
     page.run(
         "window.told = 0; new MutationObserver(() => told++).observe(state, {childList: true})"
     )
-    aside = watched.signals.rename(watched.directory / "aside")
-    assert watched.post(pair, signal_payload()).status == 503
+    aside = page.receiver.signals.rename(page.receiver.directory / "aside")
+    assert page.receiver.post(page.pair, signal_payload()).status == 503
     page.until(lambda: re.fullmatch("Signals cannot be stored: .*No such.*", page.text("state")))
     assert page.find("#state").get_attribute("class") == "bad"
     assert page.driver.title == f"{page.text('state')} - Live API receiver"
@@ -264,23 +238,21 @@ def test_that_signals_cannot_be_stored_is_said_once_and_with_the_reason(
     live = "output, [aria-live], [role=status], [role=alert], [role=log]"
     assert page.run(f"return [...document.querySelectorAll('{live}')].map(e => e.id)") == ["state"]
     assert page.run("return told") == 1  # what a screen reader is told
-    aside.rename(watched.signals)
+    aside.rename(page.receiver.signals)
     page.says("state", "Receiving")
 
 
-def test_it_is_readable_wide_and_narrow_light_and_dark(
-    page: Page, watched: Receiver, pair: Pair
-) -> None:
+def test_it_is_readable_wide_and_narrow_light_and_dark(page: Page) -> None:
     """No sideways scrolling, no fault that axe finds; the screenshots are for people."""
-    watched.verify(pair)
+    page.receiver.verify(page.pair)
     users = ("ana@example.com", "joris@example.com", "li.wei@example.com", "noor@example.com")
     kinds = ("application.Open", "notification.Open", "region.Session", "email.LinkTracked",
              "product.Buy", "custom.checkout", "notification.Receive")  # fmt: skip
     for n in range(40):
         kind = "re.notifica.event." + kinds[n * 3 % 7]
-        watched.post(pair, signal_payload(type=kind, userID=users[n * 7 % 4], amount=n / 4))
-    watched.post(pair, b"{}", **{"x-notificare-signature": "AAAA"})
-    watched.post(Pair("stranger"), b"{}")
+        page.post(signal_payload(type=kind, userID=users[n * 7 % 4], amount=n / 4))
+    page.receiver.post(page.pair, b"{}", **{"x-notificare-signature": "AAAA"})
+    page.receiver.post(Pair("stranger"), b"{}")
     source = resources.files(axe_core_python).joinpath("axe.min.js").read_text()
     check = "axe.run().then(r => arguments[0](r.violations.map(v => [v.id, v.nodes[0].html])))"
     for size, width in ((WIDE, "wide"), (PHONE, "narrow"), (SMALLEST, "smallest")):
