@@ -1596,8 +1596,7 @@ def open_servers(settings: Settings) -> tuple[Receiver, list[Server]]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         signal_log.start()
     except OSError as error:
-        locked = "another server is using it"
-        reason = locked if isinstance(error, BlockingIOError) else error.strerror
+        reason = "another server uses it" if isinstance(error, BlockingIOError) else error.strerror
         raise OperatorError(f"cannot open the log in {path}: {reason}") from None
     figures.received.update(signal_log.last_received)
     if not private:
