@@ -7,7 +7,6 @@ import re
 import subprocess
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 from harness import ROOT, Pair, Receiver, signal_payload
 
@@ -66,7 +65,7 @@ def test_each_alert_fires_when_it_should_and_only_then(tmp_path: Path) -> None:
         ("LiveApiCommitsSlow", True, {seconds: "0+12x60", commits: "0+100x60"}),
         ("LiveApiCommitsSlow", False, {seconds: "0+6x60", commits: "0+100x60"}),
     ]
-    tests: list[dict[str, Any]] = []
+    tests = []
     for alert, fires, series in cases:
         firing = f'count(ALERTS{{alertname="{alert}",alertstate="firing"}}) or vector(0)'
         expected = {"expr": firing, "eval_time": "40m", "exp_samples": [{"value": int(fires)}]}
