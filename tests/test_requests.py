@@ -162,6 +162,14 @@ def test_other_text_is_signed_as_meant_and_is_no_signal(shared: Receiver, challe
         refused(shared.post(VECTOR, challenge.encode()), 400)
 
 
+def test_no_depth_of_nesting_makes_it_sign_what_begins_with_a_brace(shared: Receiver) -> None:
+    """A parser's limit on recursion lies in between, and moves with the depth of the stack."""
+    for depth in range(900, 1401):
+        nested = '{"service":"x","a":' + "[" * depth + "]" * min(depth, 2690 - depth) + "}"
+        target = "/live?challenge=" + quote(nested, safe="")
+        refused(shared.request("GET", target, headers=KEY), 400, FORGERY)
+
+
 @RANDOM
 @given(st.text(min_size=1, max_size=200))
 def test_any_challenge_is_signed_unless_it_begins_with_a_brace(shared: Receiver, text: str) -> None:
