@@ -1,7 +1,4 @@
-"""The command line: options and defaults, mistakes, what starts and with what it ends, check, demo.
-
-That there is one file to run, and what it needs, is tested here too.
-"""
+"""The command line: options and defaults, mistakes, what starts and how it ends, check, demo."""
 
 from __future__ import annotations
 
@@ -14,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-import tomllib
 import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
@@ -435,14 +431,3 @@ def test_demo_ends_with_the_consoles_address_and_goes_on_until_ctrl_c(tmp_path: 
         assert out.read() == "", "more was said after the page's address"
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(address, timeout=10)
-
-
-# --- One file ---------------------------------------------------------------------------------
-
-
-def test_the_script_metadata_and_the_project_ask_for_the_same() -> None:
-    (block,) = re.findall(r"(?m)^# /// script\n((?:#(?:| .*)\n)+)# ///$", PROGRAM.read_text())
-    script = tomllib.loads(re.sub("(?m)^# ?", "", block))
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for each in ("dependencies", "requires-python"):
-        assert script[each] == project[each]
