@@ -955,13 +955,13 @@ class Server(socketserver.BaseServer):
         """Shut what is late; at a stop, also what waits for a request and has none."""
         now = time.monotonic()
         with self.room:
-            for handler in self.handlers:
-                if handler.deadline <= now:
-                    handler.late = True  # a request still gets its 408, unless that is late, too
-                    hope = now < handler.deadline + LINGER_SECONDS
-                    handler.shut(socket.SHUT_RD if hope else socket.SHUT_RDWR)
-                elif self.ending and handler.state == "idle":
-                    handler.shut(socket.SHUT_RD)  # what has come can still be read
+            for each in self.handlers:
+                if each.deadline <= now:
+                    each.late = True  # a request still gets its 408, unless that is late, too
+                    hope = now < each.deadline + LINGER_SECONDS
+                    each.shut(socket.SHUT_RD if hope else socket.SHUT_RDWR)
+                elif self.ending and each.state == "idle" and now > each.since + GRACE_SECONDS:
+                    each.shut(socket.SHUT_RD)  # what has come can still be read
 
     def stop(self) -> bool:
         """Finish what is in flight; True if all of it could be finished in time."""
