@@ -47,60 +47,46 @@ pass.Remove pass.Redeem product.Buy asset.Load""".split()
 
 # --- Mistakes ---------------------------------------------------------------------------------
 
-# What is wrong, how it is given, and what the line must name.
+# What is wrong, how it is given, and what the line must name. For {} each of the last words is
+# given, and named with its option.
 MISTAKES = """
-an unknown option                   | --colour                            | --colour
-an unknown command                  | receive                             | receive
-an abbreviated option               | --sig x                             | --sig
-a port that is no number            | --port http                         | http
-a port too high                     | --port 65536                        | 65536
-a negative port                     | --port -1                           | port
-a host that is not here             | --host 192.0.2.1 --port 0           | 192.0.2.1
-a host that does not resolve        | --host no-such-host.invalid         | no-such-host.invalid
-a certificate without a key         | --tls-cert tls.pem                  | --tls-key
-a key without a certificate         | --tls-key tls.key                   | --tls-cert
-a certificate that is not there     | --tls-cert no.pem --tls-key tls.key | no.pem
-a key that is not there             | --tls-cert tls.pem --tls-key no.key | no.key
-a certificate that is none          | --tls-cert text --tls-key tls.key   | text
-another certificate's key           | --tls-cert tls.pem --tls-key other.key | other.key
-keys that are not there             | --keys no-such-keys                 | no-such-keys
-half a pair of keys                 | --keys half                         | half.private
-a signals directory that is a file  | --signals text --port 0             | text
-a signals directory below a file    | --signals text/x --port 0           | text
-a body limit of nothing             | --max-body 0                        | --max-body
-a negative body limit               | --max-body -5                       | --max-body
-a body limit that is no number      | --max-body 1M                       | 1M
-no connections                      | --max-connections 0                 | --max-connections
-no time                             | --timeout 0                         | --timeout
-negative time                       | --timeout -1                        | --timeout
-time that is no number              | --timeout nan                       | --timeout
-endless time                        | --timeout inf                       | --timeout
-a keepalive that is no number       | --keepalive long                    | --keepalive
-a negative keepalive                | --keepalive -1                      | --keepalive
-segments of nothing                 | --segment-bytes 0                   | --segment-bytes
-a negative dedupe                   | --dedupe -1                         | --dedupe
-a path without its slash            | --path live                         | live
-a path with a query                 | --path /live?x=1                    | /live?x=1
-the path that /status has           | --path /status                      | /status
-a console that is no address        | --console 127.0.0.1:http            | --console
-a console port too high             | --console 99999                     | 99999
-a port in use                       | --port {used}                       | {used}
-a console port in use               | --port 0 --console {used}           | {used}
-an option without its value         | --keys                              | --keys
-a stray word                        | serve now                           | now
-an argument of demo                 | demo now                            | now
-check of nothing                    | check                               | URL
-check of no URL                     | check localhost:3014/live           | localhost
-check of another scheme             | check ftp://localhost/live          | ftp
-check of no host                    | check http:///live                  | http:///live
-check of a port of letters          | check http://localhost:port/live    | :port
-check of half an IPv6 address       | check http://[::1/live              | [::1
-check of a host with a space        | check 'http://local host/live'       | host
-check of a host with an empty label | check http://..invalid/live         | ..invalid
-check of a path outside ASCII       | check http://localhost/é            | localhost
-check of another instance           | check http://127.0.0.1:1/live --instance nobody | nobody
-check with keys that are not there  | check http://127.0.0.1:1/live --keys nowhere | nowhere
-check with an option of serve       | check http://127.0.0.1:1/live --port 80 | --port
+an unknown option                  | --colour                               | --colour
+an unknown command                 | receive                                | receive
+an abbreviated option              | --sig x                                | --sig
+no port                            | --port {}                              | http 65536 -1
+a host that is not here            | --host 192.0.2.1 --port 0              | 192.0.2.1
+a host that does not resolve       | --host no-such-host.invalid            | no-such-host.invalid
+a certificate without a key        | --tls-cert tls.pem                     | --tls-key
+a key without a certificate        | --tls-key tls.key                      | --tls-cert
+a certificate that is not there    | --tls-cert no.pem --tls-key tls.key    | no.pem
+a key that is not there            | --tls-cert tls.pem --tls-key no.key    | no.key
+a certificate that is none         | --tls-cert text --tls-key tls.key      | text
+another certificate's key          | --tls-cert tls.pem --tls-key other.key | other.key
+keys that are not there            | --keys no-such-keys                    | no-such-keys
+half a pair of keys                | --keys half                            | half.private
+a signals directory that is a file | --signals text --port 0                | text
+a signals directory below a file   | --signals text/x --port 0              | text
+no limit of bodies                 | --max-body {}                          | 0 -5 1M
+no connections                     | --max-connections {}                   | 0
+no time                            | --timeout {}                           | 0 -1 nan inf
+no time between requests           | --keepalive {}                         | long -1
+segments of nothing                | --segment-bytes {}                     | 0
+a negative dedupe                  | --dedupe {}                            | -1
+no path for the endpoint           | --path {}                              | live /live?x=1 /status
+a console that is no address       | --console {}                           | 127.0.0.1:http 99999
+a port in use                      | --port {used}                          | {used}
+a console port in use              | --port 0 --console {used}              | {used}
+an option without its value        | --keys                                 | --keys
+a stray word                       | serve now                              | now
+an argument of demo                | demo now                               | now
+check of nothing                   | check                                  | URL
+check of no URL         | check {} | localhost:3014/live ftp://localhost/live http:///live
+check of no host        | check {} | 'http://local host/live' http://..invalid/live http://[::1/live
+check of no port        | check {} | http://localhost:port/live
+check outside ASCII     | check {} | http://localhost/é
+check of another instance          | check http://[::1]:1/live --instance nobody | nobody
+check with keys that are not there | check http://[::1]:1/live --keys nowhere    | nowhere
+check with an option of serve      | check http://[::1]:1/live --port 80         | --port
 """
 
 
@@ -122,7 +108,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]
 def test_a_mistake_is_one_clear_line_and_status_2(made: tuple[Path, str], case: str) -> None:
     directory, used = made
     _, given, named = (part.strip().replace("{used}", used) for part in case.split("|"))
-    assert named in one_clear_line(run(*COMMAND, *shlex.split(given), cwd=directory))
+    for word in shlex.split(named):
+        words = shlex.split(given.replace("{}", shlex.quote(word)))
+        line = one_clear_line(run(*COMMAND, *words, cwd=directory))
+        assert [
+            name for name in (*re.findall(r"(--\S+) {}", given), word) if name not in line
+        ] == []
     assert not (directory / "signals").exists(), "a mistake leaves no directory behind"
 
 
