@@ -17,12 +17,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, CompletedProcess, Popen
-from typing import IO, Any
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 from cryptography.hazmat.primitives import hashes
@@ -69,12 +69,16 @@ class Pair:
 
     def encrypt(self, payload: bytes, header: dict[str, Any] | None = None) -> bytes:
         """A JWE in compact serialization as protocol.md describes it (dir, A256GCM)."""
-        derive = HKDF(hashes.SHA256(), 32, self.public.encode(), b"liveapi-jwe-A256GCM").derive
         header = header or {"alg": "dir", "enc": "A256GCM", "kid": self.public}
         protected, iv = b64url(json.dumps(header).encode()), secrets.token_bytes(12)
-        key = AESGCM(derive(self.private.encode()))
-        sealed = key.encrypt(iv, payload, protected.encode())
+        sealed = AESGCM(content_key(self)).encrypt(iv, payload, protected.encode())
         return f"{protected}..{b64url(iv)}.{b64url(sealed[:-16])}.{b64url(sealed[-16:])}".encode()
+
+
+def content_key(pair: Pair) -> bytes:
+    """The content encryption key of protocol.md."""
+    derive = HKDF(hashes.SHA256(), 32, pair.public.encode(), b"liveapi-jwe-A256GCM").derive
+    return derive(pair.private.encode())
 
 
 def signal_payload(**data: Any) -> bytes:
@@ -133,11 +137,11 @@ class Receiver:
         for pair in pairs:
             pair.write(self.keys)
         self.log: list[str] = []
-        self.command = [*wrapper, *COMMAND, "--keys", str(self.keys)]
-        self.command += ["--signals", str(self.signals), "--port", str(port), *options]
+        command = [*wrapper, *COMMAND, "--keys", str(self.keys), "--signals", str(self.signals)]
+        command += ["--port", str(port), *options]
         env = {**os.environ, **(env or {})}
         self.process = Popen(
-            self.command, cwd=directory, env=env, stdout=DEVNULL, stderr=PIPE, text=True
+            command, cwd=directory, env=env, stdout=DEVNULL, stderr=PIPE, text=True
         )
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
@@ -159,9 +163,8 @@ class Receiver:
         deadline = time.monotonic() + seconds
         while True:
             last = time.monotonic() > deadline or not self._reader.is_alive()
-            for line in self.log[start:]:
-                if re.search(pattern, line):
-                    return line
+            if found := [line for line in self.log[start:] if re.search(pattern, line)]:
+                return found[0]
             assert not last, f"no log line matches {pattern!r}: {self.log}"
             time.sleep(0.01)
 
@@ -249,11 +252,9 @@ def run(*command: str | Path, cwd: Path | None = None) -> CompletedProcess[str]:
 
 
 @contextmanager
-def running(*command: str, cwd: Path) -> Iterator[tuple[Popen[str], IO[str], IO[str]]]:
+def running(*command: str, cwd: Path) -> Iterator[tuple[Popen[str], Any, Any]]:
     """A command while it runs, its standard output and error; what has not ended is killed."""
     with Popen(command, cwd=cwd, stdout=PIPE, stderr=PIPE, text=True) as process:
-        assert process.stdout
-        assert process.stderr
         try:
             yield process, process.stdout, process.stderr
         finally:
@@ -285,8 +286,7 @@ def eventually(check: Callable[[], Any], seconds: float = 10, every: float = 0.0
 
 def free_ports(count: int) -> Iterator[int]:
     """Ports that are free now, for programs that can't be asked to pick one."""
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [sock.getsockname()[1] for sock in held]
-    for sock in held:
-        sock.close()
+    with ExitStack() as stack:  # all are held at once, so that they differ
+        held = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        ports = [sock.getsockname()[1] for sock in held]
     yield from ports

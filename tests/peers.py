@@ -21,14 +21,7 @@ from urllib.parse import parse_qs, urlsplit
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from harness import ACCEPTED, Pair, Receiver
-
-
-def content_key(pair: Pair) -> bytes:
-    """The content encryption key of protocol.md, for handing to another JOSE library."""
-    derive = HKDF(hashes.SHA256(), 32, pair.public.encode(), b"liveapi-jwe-A256GCM")
-    return derive.derive(pair.private.encode())
+from harness import ACCEPTED, Pair, Receiver, content_key
 
 
 @dataclass(frozen=True)
@@ -57,7 +50,7 @@ def make_certificate(directory: Path, stem: str = "tls") -> Certificate:
     directory.mkdir(parents=True, exist_ok=True)
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name.from_rfc4514_string("CN=localhost")
-    now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
+    now, day = datetime.datetime.now(datetime.UTC), datetime.timedelta(days=1)
     names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
     certificate = (
         x509.CertificateBuilder()
@@ -65,8 +58,8 @@ def make_certificate(directory: Path, stem: str = "tls") -> Certificate:
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
+        .not_valid_before(now - day)
+        .not_valid_after(now + day)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .sign(key, hashes.SHA256())
     )
@@ -85,62 +78,42 @@ Reply = tuple[int, dict[str, str] | str]
 class Endpoint:
     """A second party's endpoint, written from the vendor's table; it decrypts with joserfc.
 
-    `fault` names what it gets wrong, so that `check` has something to find.
+    `fault` is the number of a call that it answers wrongly, so that `check` has something to find.
     """
 
-    pairs: tuple[Pair, ...]
-    fault: str = ""
+    pair: Pair
+    fault: int = -1
     signals: list[bytes] = field(default_factory=list)
     decrypted: list[bytes] = field(default_factory=list)
     seen: list[str] = field(default_factory=list)
     url: str = ""
 
-    def get(self, target: str, headers: Any) -> Reply:
-        public = headers.get("x-notificare-public-key")
-        challenge = parse_qs(urlsplit(target).query).get("challenge", [""])[0]
-        if public is None or not challenge:
-            return 400, {"message": "missing parameters"}
-        pair = self.pair(public)
-        if pair is None:
-            return 400, {"error": "invalid public key"}
-        return 200, pair.sign(challenge.encode() + b"x" * (self.fault == "verify"))
-
-    def post(self, headers: Any, body: bytes) -> Reply:
+    def answer(self, target: str, headers: Any, body: bytes | None) -> Reply:
+        """The answer to a GET, which has no body, or to a POST."""
         public = headers.get("x-notificare-public-key")
         signature = headers.get("x-notificare-signature")
-        if public is None or signature is None:
-            return self.refuse({"message": "missing parameters"}, unless="unsigned")
-        pair = self.pair(public)
-        if pair is None:
-            return self.refuse({"error": "invalid public key"}, unless="unknown")
-        if not hmac.compare_digest(signature, pair.sign(body)):
-            return self.refuse({"error": "invalid signature"}, unless="tampered")
-        if not body.lstrip(b" \t\r\n").startswith(b"{"):
-            if self.fault == "encrypted":
-                return 400, {"error": "not JSON"}
-            body = self.decrypt(pair, body)
-            self.decrypted.append(body)
-        if body in self.signals and self.fault == "again":
-            return 400, {"error": "seen already"}
-        if self.fault == "signed":
-            return 503, {"error": "disk full"}
-        self.signals.append(body)
+        challenge = parse_qs(urlsplit(target).query).get("challenge", [""])[0]
+        if public is None or not (challenge if body is None else signature):
+            return 400, {"message": "missing parameters"}
+        if public != self.pair.public:
+            return 400, {"error": "invalid public key"}
+        if body is None:
+            return 200, self.pair.sign(challenge.encode())
+        if not hmac.compare_digest(signature, self.pair.sign(body)):
+            return 400, {"error": "invalid signature"}
+        if body.lstrip(b" \t\r\n").startswith(b"{"):
+            self.signals.append(body)
+        else:
+            self.decrypted.append(self.decrypt(body))
         return 200, ACCEPTED
 
-    def refuse(self, why: dict[str, str], unless: str) -> Reply:
-        return (200, ACCEPTED) if self.fault == unless else (400, why)
-
-    def pair(self, public: str) -> Pair | None:
-        return next((pair for pair in self.pairs if pair.public == public), None)
-
-    @staticmethod
-    def decrypt(pair: Pair, body: bytes) -> bytes:
+    def decrypt(self, body: bytes) -> bytes:
         from joserfc import jwe
         from joserfc.jwk import OctKey
 
-        found = jwe.decrypt_compact(body, OctKey.import_key(content_key(pair)))
-        wanted = {"alg": "dir", "enc": "A256GCM", "kid": pair.public}
-        assert {"kid": pair.public, **found.protected}.items() >= wanted.items()
+        found = jwe.decrypt_compact(body, OctKey.import_key(content_key(self.pair)))
+        wanted = {"alg": "dir", "enc": "A256GCM", "kid": self.pair.public}
+        assert {"kid": self.pair.public, **found.protected}.items() >= wanted.items()
         assert found.plaintext is not None
         return found.plaintext
 
@@ -153,21 +126,23 @@ def serve_endpoint(endpoint: Endpoint) -> Iterator[Endpoint]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            self.reply(*endpoint.get(self.path, self.headers))
+            self.reply(None)
 
         def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers.get("content-length", "0")))
-            self.reply(*endpoint.post(self.headers, body))
+            self.reply(self.rfile.read(int(self.headers.get("content-length", "0"))))
 
-        def reply(self, status: int, said: dict[str, str] | str) -> None:
+        def reply(self, body: bytes | None) -> None:
+            status, said = endpoint.answer(self.path, self.headers, body)
+            if endpoint.fault == len(endpoint.seen):
+                wrong = (200, ACCEPTED) if status != 200 else (503, {"error": "disk full"})
+                status, said = (200, said.swapcase()) if isinstance(said, str) else wrong
             endpoint.seen.append(self.path)
-            body = said if isinstance(said, str) else json.dumps(said, separators=(",", ":"))
+            text = said if isinstance(said, str) else json.dumps(said, separators=(",", ":"))
             self.send_response(status)
-            kind = "text/plain" if body is said else "application/json"
-            self.send_header("content-type", kind)
-            self.send_header("content-length", str(len(body)))
+            self.send_header("content-type", "text/plain" if text is said else "application/json")
+            self.send_header("content-length", str(len(text)))
             self.end_headers()
-            self.wfile.write(body.encode())
+            self.wfile.write(text.encode())
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -209,9 +184,8 @@ def _stored(receiver: Receiver, instance: str) -> Iterator[tuple[str, bytes]]:
 
 def stored_text(receiver: Receiver, wanted: str, instance: str = "") -> bytes:
     """The bytes in the place of `signal` in the one stored line with this id."""
-    found = [signal for identity, signal in _stored(receiver, instance) if identity == wanted]
-    assert len(found) == 1, f"{len(found)} lines with id {wanted}"
-    return found[0]
+    (found,) = [signal for identity, signal in _stored(receiver, instance) if identity == wanted]
+    return found
 
 
 def stored_ids(receiver: Receiver, instance: str = "") -> list[str]:
