@@ -261,8 +261,9 @@ def running(*command: str, cwd: Path) -> Iterator[tuple[Popen[str], Any, Any]]:
             process.kill()
 
 
-def one_clear_line(result: CompletedProcess[str]) -> str:
-    """What is said by a start that was a mistake."""
+def one_clear_line(*command: str | Path, cwd: Path | None = None) -> str:
+    """What is said by a start that is a mistake."""
+    result = run(*command, cwd=cwd)
     assert result.returncode == 2, result
     (line,) = result.stderr.strip().splitlines()
     return line
@@ -289,4 +290,4 @@ def free_ports(count: int) -> Iterator[int]:
     with ExitStack() as stack:  # all are held at once, so that they differ
         held = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         ports = [sock.getsockname()[1] for sock in held]
-    yield from ports
+    return iter(ports)

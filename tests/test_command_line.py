@@ -116,7 +116,7 @@ def test_a_mistake_is_one_clear_line_and_status_2(made: tuple[Path, str], case: 
     _, given, named = (part.strip().replace("{used}", used) for part in case.split("|"))
     for word in shlex.split(named):
         words = shlex.split(given.replace("{}", shlex.quote(word)))
-        line = one_clear_line(run(*COMMAND, *words, cwd=directory))
+        line = one_clear_line(*COMMAND, *words, cwd=directory)
         for name in (*re.findall(r"(--\S+) {}", given), word):
             assert name in line
     assert not (directory / "signals").exists(), "a mistake leaves no directory behind"
@@ -129,13 +129,13 @@ def test_a_python_that_is_too_old_is_one_clear_line_and_status_2(version: str) -
     python = next(iter(places), None) or shutil.which(f"python{version}")
     if python is None:
         pytest.skip(f"no Python {version} on this machine")
-    assert "3.11" in one_clear_line(run(python, PROGRAM))
+    assert "3.11" in one_clear_line(python, PROGRAM)
 
 
 def test_it_says_what_to_install_where_cryptography_is_missing(tmp_path: Path) -> None:
     (tmp_path / "cryptography.py").write_text("raise ImportError('not here')\n")
     without = ("env", f"PYTHONPATH={tmp_path}")
-    assert "cryptography" in one_clear_line(run(*without, *COMMAND, "demo"))
+    assert "cryptography" in one_clear_line(*without, *COMMAND, "demo")
 
 
 # --- Starting ---------------------------------------------------------------------------------
@@ -218,15 +218,8 @@ def test_a_defect_while_a_signal_is_stored_ends_it_with_status_1(start: Start, p
 
 # --- check ------------------------------------------------------------------------------------
 
-ROWS = {
-    "verify": "(?i)verif",
-    "signed": "(?i)sign",
-    "again": "(?i)again|repeat|same",
-    "encrypted": "(?i)encrypt",
-    "tampered": "(?i)tamper",
-    "unsigned": "(?i)unsigned|without a signature|no signature",
-    "unknown": "(?i)unknown",
-}
+# What the lines of check's calls tell of, in this order.
+ROWS = ["verif", "sign", "again", "encrypt", "tamper", "unsigned", "unknown"]
 
 
 def rows(text: str) -> list[str]:
@@ -248,8 +241,8 @@ def test_check_finds_nothing_wrong_with_the_receiver_and_can_be_run_again(start:
     assert "FAILED" not in first.stdout
     assert "\x1b" not in first.stdout
     calls = rows(first.stdout)
-    for line, pattern in zip(calls, [*ROWS.values()] * 2, strict=True):
-        assert re.search(pattern, line), "what was tried is not said"
+    for line, tried in zip(calls, ROWS * 2, strict=True):
+        assert tried in line.lower(), "what was tried is not said"
         assert re.search(r"\b(200|400)\b", line), "the answer is not said"
     whole = " ".join(line for line in first.stdout.splitlines() if line not in calls)
     assert re.search(r"Dashboard.*Verify", whole), "that only Verify can tell is not said"

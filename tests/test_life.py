@@ -29,7 +29,6 @@ from harness import (
     free_ports,
     one_clear_line,
     payload_id,
-    run,
     signal_payload,
     within,
 )
@@ -89,9 +88,7 @@ def test_sigterm_and_sigint_close_idle_connections_at_once_and_end_it_with_statu
     assert "Traceback" not in "".join(receiver.log)
 
 
-@pytest.mark.parametrize(
-    "at", [40, -len(PAYLOAD), -10], ids=["in the headers", "after the headers", "in the body"]
-)
+@pytest.mark.parametrize("at", [40, -len(PAYLOAD), -10])  # in the headers, after them, in the body
 def test_a_half_received_request_is_finished_and_stored_and_no_new_connection_is_taken(
     receiver: Receiver, pair: Pair, at: int
 ) -> None:
@@ -302,7 +299,7 @@ def test_nonsense_from_the_manager_is_one_clear_line_and_status_2(
     tmp_path: Path, pair: Pair, wrapper: tuple[str, ...], named: str
 ) -> None:
     pair.write(tmp_path / "keys")
-    assert named in one_clear_line(run(*wrapper, *COMMAND, cwd=tmp_path))
+    assert named in one_clear_line(*wrapper, *COMMAND, cwd=tmp_path)
 
 
 # --- The log ----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from harness import ROOT
 
-LIBFAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))), None)
+LIBFAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 needs_faketime = pytest.mark.skipif(LIBFAKETIME is None, reason="needs Debian's libfaketime")
 
 NODE = shutil.which("node")
@@ -32,6 +32,5 @@ needs_strace = needs_programs("strace")
 def needs(package: str) -> Any:
     """The mark of a test that needs node and this package of npm."""
     there = NODE is not None and (MODULES / package).is_dir()
-    return pytest.mark.skipif(
-        not there, reason=f"needs node, and {package} from npm in {MODULES} or LIVEAPI_NODE_MODULES"
-    )
+    why = f"needs node, and {package} from npm in {MODULES} or LIVEAPI_NODE_MODULES"
+    return pytest.mark.skipif(not there, reason=why)
