@@ -387,11 +387,6 @@ def names_of(instances: dict[bytes, Instance]) -> list[str]:
     return sorted({each.name for each in instances.values()})
 
 
-def fingerprint(key: bytes) -> str:
-    """What tells a public key from another in the log, without showing it."""
-    return hashlib.sha256(key).hexdigest()[:6]
-
-
 # ---- 3  Signal: is it a JSON object; the line that will stand in the log -------------------------
 
 # Numbers are kept as text, whatever their size; NaN and Infinity are none: int() refuses them.
@@ -1060,7 +1055,7 @@ class StrictHandler(BaseHTTPRequestHandler):
             raise Refusal(json_answer(405, {"Allow": allow}, error=why), why)
         if b"content-encoding" in self.head.fields:
             raise Refusal(415, "content coding not supported")
-        getattr(self, f"do_{self.command}")()
+        getattr(self, "do_POST" if self.command == "POST" else "do_GET")()
 
     def read_body(self) -> bytes:
         """Read the request to its end, so that the next one can be told from it."""
@@ -1133,8 +1128,6 @@ class SignalHandler(StrictHandler):
         self.server.figures.verify(instance.name)
         self.answer(Answer(200, instance.sign(challenge), "text/plain"))
 
-    do_HEAD = do_GET
-
     def do_POST(self) -> None:
         """A signal: authentic? then decrypt, then read; then off to the log, which will tell."""
         fields, signal_log = self.head.fields, self.server.signal_log
@@ -1189,7 +1182,8 @@ class SignalHandler(StrictHandler):
             if hmac.compare_digest(key, each.private_key):
                 reason = f"the private key of {each.name} as public key: swapped?"
                 raise Refusal(UNKNOWN_KEY, reason)
-        raise Refusal(UNKNOWN_KEY, "invalid public key", f"(SHA-256 {fingerprint(key)}...)")
+        digest = hashlib.sha256(key).hexdigest()  # tells keys apart without showing them
+        raise Refusal(UNKNOWN_KEY, "invalid public key", f"(SHA-256 {digest:.6}...)")
 
     def refuse(self, refusal: Refusal) -> None:
         name = self.instance.name if self.instance else ""
@@ -1209,7 +1203,8 @@ class Receiver(Server):
 
     def say_keys(self) -> None:
         for key, instance in self.instances.items():  # as it is said of an unknown one
-            log.info("public key of %s: SHA-256 %s...", instance.name, fingerprint(key))
+            digest = hashlib.sha256(key).hexdigest()
+            log.info("public key of %s: SHA-256 %.6s...", instance.name, digest)
 
 
 # ---- 7  Console: the private listener: page, stream, status, metrics -----------------------------
@@ -1375,8 +1370,6 @@ class ConsoleHandler(StrictHandler):
                         events.write(b":\n\n")  # so that it is noticed when the watcher has gone
                         events.flush()
                         time.sleep(STREAM_PAUSE)
-
-    do_HEAD = do_GET
 
 
 def console_status(receiver: Receiver) -> dict[str, Any]:
