@@ -387,6 +387,12 @@ def names_of(instances: dict[bytes, Instance]) -> list[str]:
     return sorted({each.name for each in instances.values()})
 
 
+def say_keys(instances: dict[bytes, Instance]) -> None:
+    for key, instance in instances.items():  # as it is said of an unknown one
+        digest = hashlib.sha256(key).hexdigest()
+        log.info("public key of %s: SHA-256 %.6s...", instance.name, digest)
+
+
 # ---- 3  Signal: is it a JSON object; the line that will stand in the log -------------------------
 
 # Numbers are kept as text, whatever their size; NaN and Infinity are none: int() refuses them.
@@ -860,7 +866,6 @@ SWEEP_SECONDS = 1.0  # between two looks at the connections, unless the timeouts
 RELIEF_SECONDS = 0.1  # between two tries to make room
 DISCARD_BYTES = 65536
 NEVER = float("inf")
-OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Server(socketserver.BaseServer):
@@ -873,8 +878,12 @@ class Server(socketserver.BaseServer):
     tls: ssl.SSLContext | None = None
     stopping = ending = False  # each answer is a connection's last; no connection is taken
     figures: Figures
-    receiver: Receiver  # the public one, which the console shows
     routes: dict[str, tuple[str, ...]]  # the methods of each path
+    receiver: Server  # the public listener, which the console shows; only that one has the rest
+    signal_log: SignalLog
+    instances: dict[bytes, Instance]
+    url: str
+    not_reloaded = ""  # why the last reload has failed, if it has
 
     def __init__(self, listener: socket.socket, handler: Any, settings: Settings, most: int):
         super().__init__(listener.getsockname(), handler)
@@ -906,7 +915,7 @@ class Server(socketserver.BaseServer):
             try:
                 request, address = self.get_request()
             except OSError as error:
-                if error.errno in OUT_OF_RESOURCES:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     with self.room:
                         self.make_room()
                         self.room.wait(RELIEF_SECONDS)
@@ -1115,8 +1124,6 @@ class StrictHandler(BaseHTTPRequestHandler):
 class SignalHandler(StrictHandler):
     """A connection to the public listener: the Live API's, or so it says."""
 
-    server: Receiver
-
     def do_GET(self) -> None:
         """A Verify: the challenge, signed; or whether signals can be stored."""
         if self.path == "/status":
@@ -1191,20 +1198,6 @@ class SignalHandler(StrictHandler):
         reason = f"Verify: {refusal.reason}" if verify else refusal.reason
         self.server.figures.refuse(name, reason, refusal.detail)
         super().refuse(refusal)
-
-
-class Receiver(Server):
-    """The public listener."""
-
-    signal_log: SignalLog
-    instances: dict[bytes, Instance]
-    url: str
-    not_reloaded = ""  # why the last reload has failed, if it has
-
-    def say_keys(self) -> None:
-        for key, instance in self.instances.items():  # as it is said of an unknown one
-            digest = hashlib.sha256(key).hexdigest()
-            log.info("public key of %s: SHA-256 %.6s...", instance.name, digest)
 
 
 # ---- 7  Console: the private listener: page, stream, status, metrics -----------------------------
@@ -1372,7 +1365,7 @@ class ConsoleHandler(StrictHandler):
                         time.sleep(STREAM_PAUSE)
 
 
-def console_status(receiver: Receiver) -> dict[str, Any]:
+def console_status(receiver: Server) -> dict[str, Any]:
     """What the console's /status and its page say, and /metrics in its own way."""
     figures, trouble = receiver.figures, receiver.signal_log.trouble
     open_now, size = len(receiver.handlers), receiver.signal_log.place[2]
@@ -1393,7 +1386,7 @@ def console_status(receiver: Receiver) -> dict[str, Any]:
         return status | {"refused": known_of("")["refused"], "refusals": list(figures.refusals)}
 
 
-def metrics(receiver: Receiver) -> bytes:
+def metrics(receiver: Server) -> bytes:
     """The figures in Prometheus' text format 0.0.4."""
     figures, signal_log, text = receiver.figures, receiver.signal_log, ""
 
@@ -1562,7 +1555,7 @@ def exit_on_defect(*_: Any) -> NoReturn:
     os._exit(1)
 
 
-def open_servers(settings: Settings) -> tuple[Receiver, list[Server]]:
+def open_servers(settings: Settings) -> tuple[Server, list[Server]]:
     """The receiver, with its log open, and the console if there is one; OperatorError."""
     if not re.fullmatch(_PATH, settings.path) or settings.path == "/status":
         raise OperatorError(f"--path {settings.path} is none for the endpoint: try /live")
@@ -1574,7 +1567,7 @@ def open_servers(settings: Settings) -> tuple[Receiver, list[Server]]:
     listener = given.get("live") or open_listener(settings.host or "127.0.0.1", port)
     figures, path = Figures(), settings.signals
     signal_log = SignalLog(path, settings.dedupe, settings.segment_bytes, figures.committed)
-    receiver = Receiver(listener, SignalHandler, settings, settings.max_connections)
+    receiver = Server(listener, SignalHandler, settings, settings.max_connections)
     receiver.instances, receiver.tls = instances, tls
     receiver.figures, receiver.signal_log = figures, signal_log
     receiver.routes = {settings.path: ("GET", "HEAD", "POST"), "/status": ("GET", "HEAD")}
@@ -1600,7 +1593,7 @@ def open_servers(settings: Settings) -> tuple[Receiver, list[Server]]:
     return receiver, [console]
 
 
-def keep_house(receiver: Receiver, others: list[Server]) -> NoReturn:
+def keep_house(receiver: Server, others: list[Server]) -> NoReturn:
     """A thread's life: start the others, then look now and then at deadlines and the clock, and
     tell the status. It takes all locks but the disk's: should one be held for good, there are no
     more pings."""
@@ -1612,7 +1605,7 @@ def keep_house(receiver: Receiver, others: list[Server]) -> NoReturn:
         server.start_thread()
     names = ", ".join(names_of(receiver.instances))
     log.info("ready on %s for %s; signals go to %s", receiver.url, names, settings.signals)
-    receiver.say_keys()
+    say_keys(receiver.instances)
     for console in others:
         log.info("console on http://%s/", address_of(console.socket))
     notify("READY=1")
@@ -1648,7 +1641,7 @@ def serve(settings: Settings) -> NoReturn:
             instances, tls = load_instances(settings.keys), load_tls(settings)
             receiver.instances, receiver.tls, receiver.not_reloaded = instances, tls, ""
             log.info("reloaded: receiving for %s", ", ".join(names_of(instances)))
-            receiver.say_keys()
+            say_keys(receiver.instances)
         except OperatorError as error:
             receiver.not_reloaded = f"; NOT RELOADED ({error})"
             log.error("not reloaded, the old keys and certificates stay in force: %s", error)
