@@ -482,7 +482,6 @@ WAITING_BYTES = 64 << 20  # lines that wait for the disk; what is over gets 503
 BATCH_BYTES = 8 << 20  # written at once, for the write needs a copy
 FLOOR_BYTES = 1 << 20  # a disk with less room is full
 RETRY_SECONDS = 1.0  # between two tries to store again
-TRIAL_SECONDS = 0.5  # what has failed just now is not tried again before
 STALL_SECONDS = 10.0  # a disk that takes longer for a commit cannot store signals
 DAY = 86400  # seconds
 NEW = os.O_CREAT | os.O_NOFOLLOW  # to open a file that is made if missing
@@ -527,7 +526,7 @@ class SignalLog:
         self.day = 0.0  # of the segment, since the epoch
         self.damaged = False  # an error has met the segment: it waits for the recovery
         self.last_closed, self.closing_failed = datetime.fromtimestamp(0, UTC), False
-        self.failure, self.failed_at = "", 0.0  # what stands in the way of storing, if anything
+        self.failure = ""  # what stands in the way of storing, if anything
         self.needed = 0  # bytes of the batch that is being stored, or could not be
         self.busy_since = NEVER  # with the disk
         self.untended = threading.Event()  # there is something for the log's own thread to do
@@ -577,16 +576,14 @@ class SignalLog:
             for waiter in entry.waiters:
                 waiter(stored)
         self.storing.release()  # only now, so that the next batch is not a batch of one
-        with self.turn:  # else a line that was offered just before the release could go unseen
-            if self.pending:  # this thread has its own connection to go back to
-                self.untended.set()
+        if self.pending:  # this thread has its own connection to go back to
+            self.untended.set()
 
     def run(self) -> NoReturn:
         """The log's own thread: tend the log, and commit what has gathered during a commit."""
         while True:
-            self.untended.wait(RETRY_SECONDS if self.failure else None)
+            rested = not self.untended.wait(RETRY_SECONDS)
             self.untended.clear()
-            rested = time.monotonic() - self.failed_at >= TRIAL_SECONDS
             self.commit(tend=rested and (bool(self.failure) or self.is_due()))
 
     def _store(self, lines: bytes) -> bool:
@@ -599,12 +596,16 @@ class SignalLog:
                 self.damaged = True  # should the next one raise
                 self._write(self.fd, lines)
                 self.damaged, stored = False, True
-                device, inode, size = self.place
-                self.place = (device, inode, size + len(lines))
-                if not size:
+                if not self.place[2]:
                     self.day = self.clock() // DAY
+                self.place = (*self.place[:2], self.place[2] + len(lines))
             elif self.failure:
-                self._try_to_write()
+                fd = self.open(TRIAL, os.O_WRONLY | NEW)
+                try:
+                    self._write(fd, bytes(self.needed or 1))
+                finally:
+                    self.disk.close(fd)
+                    self.disk.unlink(self.prefix + TRIAL)
             if self.failure:
                 log.info("signals are stored again")
             self.failure, self.needed = "", 0
@@ -613,8 +614,8 @@ class SignalLog:
         except OSError as error:
             if not self.failure:
                 log.error("cannot store signals: %s; trying again", error.strerror)
-            self.failure, self.failed_at = str(error.strerror), time.monotonic()
-            self.untended.set()  # from now on run() looks at the clock, too
+            self.failure = str(error.strerror)
+            self.untended.set()  # what has failed just now is not tried again at once
             with contextlib.suppress(OSError):  # else it is tried again once a second
                 self._prepare()
         self.busy_since = NEVER
@@ -629,14 +630,6 @@ class SignalLog:
         while view:
             view = view[self.disk.write(fd, view) :]
         self.disk.fdatasync(fd)
-
-    def _try_to_write(self) -> None:
-        fd = self.open(TRIAL, os.O_WRONLY | NEW)
-        try:
-            self._write(fd, bytes(self.needed or 1))
-        finally:
-            self.disk.close(fd)
-            self.disk.unlink(self.prefix + TRIAL)
 
     @property
     def trouble(self) -> str:
@@ -1612,8 +1605,6 @@ def keep_house(receiver: Server, others: list[Server]) -> NoReturn:
     while True:
         for server in servers:
             server.sweep()
-        if signal_log.is_due():
-            signal_log.untended.set()
         trouble = signal_log.trouble
         state = f"CANNOT STORE SIGNALS ({trouble})" if trouble else "storing signals"
         if not receiver.stopping:
