@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
-import dataclasses
 import errno
 import fcntl
 import functools
@@ -50,7 +49,7 @@ import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -530,7 +529,6 @@ class SignalLog:
         self.needed = 0  # bytes of the batch that is being stored, or could not be
         self.busy_since = NEVER  # with the disk
         self.untended = threading.Event()  # there is something for the log's own thread to do
-        self.last_received = dict[str, str]()  # by instance; as the start found it in the log
 
     def offer(self, instance: str, identity: bytes, line: bytes, waiter: Waiter) -> bool | None:
         """Take a line on: None, and the waiter will be told, after a commit(). True if it is
@@ -721,9 +719,9 @@ class SignalLog:
         self.disk.fdatasync(fd)  # of a FIFO, or the like, it fails
         self.disk.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def start(self) -> None:
-        """Open the log, and learn from its newest lines what is stored; OSError, but a full disk
-        is waited for."""
+    def start(self) -> dict[str, str]:
+        """Open the log, and learn from its newest lines what is stored, and when the last signal
+        of each instance was received; OSError, but a full disk is waited for."""
         newest_first = sorted(filter(SEGMENT.fullmatch, self.disk.listdir(self.prefix)))[::-1]
         for name in newest_first:
             with contextlib.suppress(ValueError):  # it is the open one, or no segment of ours
@@ -734,12 +732,12 @@ class SignalLog:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-        keys, damaged = list[bytes](), 0
+        keys, received, damaged = list[bytes](), dict[str, str](), 0
         lines = itertools.chain.from_iterable(map(self._stored_lines, newest_first))
         while len(keys) < self.window_size and (line := next(lines, None)) is not None:
             if known := parse_line(line):
                 received_at, instance, identity = known
-                self.last_received.setdefault(instance, received_at)
+                received.setdefault(instance, received_at)
                 keys.append(identity + instance.encode())
             else:
                 damaged += 1
@@ -747,6 +745,7 @@ class SignalLog:
         if damaged:
             log.warning("left %d damaged line(s) of the log as they are", damaged)
         self.commit(tend=True)
+        return received
 
     def _stored_lines(self, name: str) -> Iterator[bytes]:
         """A segment's lines that are on disk, last first, or none if it cannot be opened or read;
@@ -809,10 +808,6 @@ class Figures:
             if stored:
                 self.commits += 1
                 self.commit_seconds += seconds
-
-    def count(self, instance: str, result: str) -> None:
-        with self.counting:
-            self.signals[instance, result] += 1
 
     def refuse(self, instance: str, reason: str, detail: str = "") -> None:
         with self.counting:
@@ -1146,7 +1141,8 @@ class SignalHandler(StrictHandler):
         if known is None:
             signal_log.commit()
         else:
-            self.server.figures.count(instance.name, "repeated" if known else "unavailable")
+            with (figures := self.server.figures).counting:
+                figures.signals[instance.name, "repeated" if known else "unavailable"] += 1
             self.answered(known)
         if isinstance(self.request, ssl.SSLSocket):
             with self.owed:
@@ -1573,11 +1569,10 @@ def open_servers(settings: Settings) -> tuple[Server, list[Server]]:
         # Who may read the signals cannot open this file, and hold the lock in our place.
         lock = os.open(path / ".lock", os.O_WRONLY | NEW, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        signal_log.start()
+        figures.received = signal_log.start()
     except OSError as error:
         reason = "another server uses it" if isinstance(error, BlockingIOError) else error.strerror
         raise OperatorError(f"cannot open the log in {path}: {reason}") from None
-    figures.received.update(signal_log.last_received)
     if not private:
         return receiver, []
     console = Server(private, ConsoleHandler, settings, WATCHERS)
@@ -1804,7 +1799,7 @@ def main() -> int:
     add = functools.partial(commands.add_parser, allow_abbrev=False)
     defaults = argparse.SUPPRESS  # they are those of Settings
     serving = add("serve", help="receive signals (the default)", argument_default=defaults)
-    for each in dataclasses.fields(Settings):
+    for each in fields(Settings):
         serving.add_argument("--" + each.name.replace("_", "-"), **each.metadata)
     serving.add_argument("--version", action="version", version=f"liveapi_server {__version__}")
     checking = add("check", help="play the Live API's side against an endpoint")
