@@ -257,22 +257,6 @@ def _read(file: io.BufferedIOBase, size: int, most: int) -> bytes:
     return data
 
 
-def parse_challenge(query: str) -> bytes:
-    """The challenge to sign, URL-decoded."""
-    try:
-        parameters = parse_qs(query, True, errors="strict", max_num_fields=QUERY_PARAMETERS)
-        (value,) = parameters.get("challenge", [""])
-    except ValueError:
-        raise Refusal(400, "challenge is repeated, not UTF-8, or in a crowd") from None
-    if not value:
-        raise Refusal(MISSING, "missing parameters")
-    # The key that signs it signs signals too: whoever knows the public key could have a forged one
-    # signed. So nothing that begins as one is signed, whatever a parser would make of the rest.
-    if begins_as_object(challenge := value.encode()):
-        raise Refusal(400, "challenge could pass for a signal")
-    return challenge
-
-
 # ---- 2  Instance: whose keys; is the signature right; what was encrypted -------------------------
 
 
@@ -979,7 +963,7 @@ class StrictHandler(BaseHTTPRequestHandler):
     rfile: io.BufferedReader
     head = Head("-", "-", "", {}, None, False, False)  # of the newest request
     instance: Instance | None = None  # whose request it is, once that is known
-    whole = False  # the request has been read to its end
+    said_all = False  # the request has been read to its end, and is the last one
     closing = False  # the client has been told that no other request will be served
     late = False
 
@@ -1023,7 +1007,7 @@ class StrictHandler(BaseHTTPRequestHandler):
         if not start or self.closing:
             return
         self.wait("request", self.server.settings.timeout)
-        self.head, self.instance, self.whole = StrictHandler.head, None, False
+        self.head, self.instance, self.said_all = StrictHandler.head, None, False
         # Should the head be refused: the answer to HEAD has no body.
         self.command, self.path = "HEAD" if start.startswith(b"HEAD ") else "-", "-"
         try:
@@ -1060,7 +1044,7 @@ class StrictHandler(BaseHTTPRequestHandler):
         if head.continues and head.length != 0 and (head.length or 0) <= most:
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # RFC 9110 section 10.1.1
         body = read_body(self.rfile, head, most)
-        self.close_connection, self.whole = head.close, True
+        self.close_connection = self.said_all = head.close
         self.wait("busy", NEVER)
         return body
 
@@ -1096,8 +1080,7 @@ class StrictHandler(BaseHTTPRequestHandler):
 
     def _linger(self) -> None:
         """Wait until nothing unread is left: else a reset could overtake the answer."""
-        said_all = self.whole and self.head.close
-        if said_all and not socket.socket.recv(self.request, 1, socket.MSG_DONTWAIT):
+        if self.said_all and not socket.socket.recv(self.request, 1, socket.MSG_DONTWAIT):
             return  # it has gone, too; BlockingIOError: it has not
         self.wait("linger", LINGER_SECONDS)
         if self.late:  # it was shut, so it is at its end, and the next byte would be met by a reset
@@ -1118,10 +1101,19 @@ class SignalHandler(StrictHandler):
             code, status = (503, "unavailable") if self.server.signal_log.trouble else (200, "ok")
             self.answer(json_answer(code, status=status))
             return
-        instance = self.find_instance(asked="challenge=" in self.head.query)
-        challenge = parse_challenge(self.head.query)
+        query = self.head.query
+        try:
+            parameters = parse_qs(query, True, errors="strict", max_num_fields=QUERY_PARAMETERS)
+            (challenge,) = parameters.get("challenge", [""])
+        except ValueError:
+            raise Refusal(400, "challenge is repeated, not UTF-8, or in a crowd") from None
+        instance = self.find_instance(asked=bool(challenge))
+        # The key that signs it signs signals too: whoever knows the public key could have a forged
+        # one signed. So nothing that begins as one is, whatever a parser would make of the rest.
+        if begins_as_object(challenge.encode()):
+            raise Refusal(400, "challenge could pass for a signal")
         self.server.figures.verify(instance.name)
-        self.answer(Answer(200, instance.sign(challenge), "text/plain"))
+        self.answer(Answer(200, instance.sign(challenge.encode()), "text/plain"))
 
     def do_POST(self) -> None:
         """A signal: authentic? then decrypt, then read; then off to the log, which will tell."""
