@@ -682,6 +682,9 @@ class SignalLog:
         fd = self.open(CURRENT, os.O_RDWR | os.O_APPEND | NEW)
         there = self.disk.stat(fd)
         size, place = there.st_size, (there.st_dev, there.st_ino)
+        if not stat.S_ISREG(there.st_mode):
+            self.disk.close(fd)
+            raise OSError(errno.EINVAL, f"{CURRENT} is no regular file: move it away")
         try:
             self._settle(fd)
             if torn := len(next(self._backward(fd))):
@@ -690,7 +693,7 @@ class SignalLog:
                 self.disk.fdatasync(fd)
             sync_directory(self.prefix, self.disk)
         except OSError:
-            if size or not stat.S_ISREG(there.st_mode):
+            if size:
                 self.disk.close(fd)
             else:  # a sync that has failed proves nothing of a new file: it is to be removed
                 self.fd, self.place, self.damaged = fd, (*place, 0), True
@@ -700,8 +703,9 @@ class SignalLog:
     def _settle(self, fd: int) -> None:
         """Sync a file, and have the next read come from the disk, not from memory: a crash may
         have left it there only; so may a failed sync, and one that succeeds now does not tell."""
-        self.disk.fdatasync(fd)  # of a FIFO, or the like, it fails
-        self.disk.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        self.disk.fdatasync(fd)
+        with contextlib.suppress(OSError):  # a file system that takes no advice
+            self.disk.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def start(self) -> dict[str, str]:
         """Open the log, and learn from its newest lines what is stored, and when the last signal
@@ -1429,7 +1433,7 @@ class Settings:
     keys: Path = option(Path("keys"), "DIR", "the key pairs, NAME.public and NAME.private", Path)
     signals: Path = option(Path("signals"), "DIR", "where the signals go; made if missing", Path)
     host: str | None = option(None, "ADDR", "address to listen on (default: 127.0.0.1)")
-    port: int | None = option(None, "N", "port; 0 picks a free one (default: 3014)", int)
+    port: int | None = option(None, "N", "port; 0 picks a free one (default: 3014)", int, 0, 65535)
     path: str = option("/live", "PATH", "the endpoint's path")
     tls_cert: Path | None = option(None, "FILE", "certificate chain in PEM: serve HTTPS", Path)
     tls_key: Path | None = option(None, "FILE", "the certificate's private key in PEM", Path)
@@ -1452,7 +1456,7 @@ def load_tls(settings: Settings) -> ssl.SSLContext | None:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)  # that of a socket we have shut
     try:
-        context.load_cert_chain(cert or "", key or "", password="")
+        context.load_cert_chain(cert or "", key, password="")
     except OSError as error:
         raise OperatorError(f"no TLS with --tls-cert {cert}, --tls-key {key}: {error}") from None
     return context
@@ -1470,6 +1474,7 @@ def open_listener(host: str, port: int) -> socket.socket:
 
 def address_of(listener: socket.socket) -> str:
     host, port, *_ = listener.getsockname()
+    host = host.removeprefix("::ffff:")  # an IPv4 address, on a socket for both
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
@@ -1504,7 +1509,7 @@ class StandardError(logging.Handler):
     """Log lines: with a time, or for the journal with a priority (sd-daemon(3)). The pipe is the
     queue: when it is full, for nobody reads it, lines are dropped and counted."""
 
-    dropped = 0
+    fd, dropped = 2, 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -1513,6 +1518,9 @@ class StandardError(logging.Handler):
         os.close(spare)
         there = os.fstat(2)
         self.journal = os.environ.get("JOURNAL_STREAM") == f"{there.st_dev}:{there.st_ino}"
+        if not stat.S_ISREG(there.st_mode):
+            with contextlib.suppress(OSError):  # opened anew: not to block is nobody else's then
+                self.fd = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
 
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)
@@ -1522,11 +1530,10 @@ class StandardError(logging.Handler):
         start = f"<{priority}>" if self.journal else f"{now_rfc3339()} {record.levelname.lower()}: "
         lines = (start + text.replace("\n", "\n" + start)).encode(errors="backslashreplace")
         with contextlib.suppress(OSError):  # nobody can read it
-            if select.select((), (2,), (), 0)[1]:
-                os.write(2, lines[: select.PIPE_BUF - 1] + b"\n")  # there is room for so much
+            self.dropped += 1
+            if select.select((), (self.fd,), (), 0)[1]:
+                os.write(self.fd, lines[: select.PIPE_BUF - 1] + b"\n")  # room for so much
                 self.dropped = 0
-            else:
-                self.dropped += 1
 
 
 def exit_on_defect(*_: Any) -> NoReturn:
@@ -1559,7 +1566,7 @@ def open_servers(settings: Settings) -> tuple[Server, list[Server]]:
         for each in made:  # a power loss must not take the directory with what is in it
             sync_directory(each.parent)
         # Who may read the signals cannot open this file, and hold the lock in our place.
-        lock = os.open(path / ".lock", os.O_WRONLY | NEW, 0o600)
+        lock = os.open(path / ".lock", os.O_WRONLY | os.O_NONBLOCK | NEW, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         figures.received = signal_log.start()
     except OSError as error:
@@ -1581,8 +1588,6 @@ def keep_house(receiver: Server, others: list[Server]) -> NoReturn:
     watchdog = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 or NEVER
     pause = min(SWEEP_SECONDS, settings.timeout / 5, settings.keepalive / 5, watchdog / 4)
     threading.Thread(target=signal_log.run, daemon=True).start()
-    for server in servers:
-        server.start_thread()
     names = ", ".join(names_of(receiver.instances))
     log.info("ready on %s for %s; signals go to %s", receiver.url, names, settings.signals)
     say_keys(receiver.instances)
@@ -1591,6 +1596,8 @@ def keep_house(receiver: Server, others: list[Server]) -> NoReturn:
     notify("READY=1")
     while True:
         for server in servers:
+            if not server.free:  # at the start, or because no thread could be had
+                server.start_thread()
             server.sweep()
         trouble = signal_log.trouble
         state = f"CANNOT STORE SIGNALS ({trouble})" if trouble else "storing signals"
@@ -1661,6 +1668,7 @@ class LiveAPI:
         try:
             parts = urlsplit(url)
             host, port = (parts.hostname or "").encode("idna").decode(), parts.port
+            port = port or (443 if parts.scheme == "https" else 80)
             if not host or not re.fullmatch("(?i)https?://[!-~]+", url):
                 raise ValueError
         except ValueError:

@@ -79,7 +79,8 @@ no time between requests           | --keepalive {}                         | lo
 segments of nothing                | --segment-bytes {}                     | 0
 a negative dedupe                  | --dedupe {}                            | -1
 no path for the endpoint           | --path {}                              | live /live?x=1 /status
-a console that is no address       | --console {}                           | 127.0.0.1:http 99999
+a console that is no address       | --console {}                           | 127.0.0.1:http
+a console port too high            | --console 99999                        | 99999
 a port in use                      | --port {used}                          | {used}
 a console port in use              | --port 0 --console {used}              | {used}
 an option without its value        | --keys                                 | --keys
