@@ -13,13 +13,12 @@ import socket
 import ssl
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
+from http.client import HTTPConnection, HTTPSConnection
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, CompletedProcess, Popen
 from typing import Any
@@ -99,11 +98,6 @@ class Answer:
     headers: dict[str, str]
     body: bytes
 
-    @classmethod
-    def read(cls, response: HTTPResponse) -> Answer:
-        headers = {name.lower(): value for name, value in response.getheaders()}
-        return cls(response.status, headers, response.read())
-
     @property
     def json(self) -> Any:
         return json.loads(self.body)
@@ -145,12 +139,11 @@ class Receiver:
         )
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
-        self.scheme, self.host, self.port = "http", "127.0.0.1", port
+        self.url = f"http://127.0.0.1:{port}/live"
         if ready:
             line = self.wait_for_log("https?://", 20)
             self.url = re.findall(r"https?://[^\s,;]+", line)[0].rstrip(".")
-            parts = urlsplit(self.url)
-            self.scheme, self.host, self.port = parts.scheme, parts.hostname or "", parts.port or 0
+        self.port = urlsplit(self.url).port or 0
 
     def _read_log(self) -> None:
         assert self.process.stderr
@@ -169,10 +162,11 @@ class Receiver:
             time.sleep(0.01)
 
     def connect(self, timeout: float = 30) -> HTTPConnection:
-        if self.scheme == "http":
-            return HTTPConnection(self.host, self.port, timeout=timeout)
+        host = urlsplit(self.url).hostname or ""
+        if self.url.startswith("http:"):
+            return HTTPConnection(host, self.port, timeout=timeout)
         context = ssl._create_unverified_context()
-        return HTTPSConnection(self.host, self.port, timeout=timeout, context=context)
+        return HTTPSConnection(host, self.port, timeout=timeout, context=context)
 
     def request(
         self,
@@ -185,7 +179,9 @@ class Receiver:
         """One request; on a connection of its own unless one is given."""
         with nullcontext(connection) if connection else closing(self.connect()) as used:
             used.request(method, target, body, headers or {})
-            return Answer.read(used.getresponse())
+            response = used.getresponse()
+            fields = {name.lower(): value for name, value in response.getheaders()}
+            return Answer(response.status, fields, response.read())
 
     def verify(self, pair: Pair, challenge: str = "a challenge") -> Answer:
         target = "/live?challenge=" + quote(challenge, safe="")
@@ -245,9 +241,8 @@ class Receiver:
 Start = Callable[..., Receiver]  # the fixture, see conftest.py
 
 
-def run(*command: str | Path, cwd: Path | None = None) -> CompletedProcess[str]:
+def run(*command: str | Path, cwd: str | Path = "/tmp") -> CompletedProcess[str]:
     """Run a command to its end."""
-    cwd = cwd or Path(tempfile.gettempdir())
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
 
 
@@ -261,7 +256,7 @@ def running(*command: str, cwd: Path) -> Iterator[tuple[Popen[str], Any, Any]]:
             process.kill()
 
 
-def one_clear_line(*command: str | Path, cwd: Path | None = None) -> str:
+def one_clear_line(*command: str | Path, cwd: str | Path = "/tmp") -> str:
     """What is said by a start that is a mistake."""
     result = run(*command, cwd=cwd)
     assert result.returncode == 2, result

@@ -333,9 +333,7 @@ def test_check_names_the_other_scheme_and_trusts_whom_it_should(
     assert check(tmp_path, secure.url, "--insecure").returncode == 0
 
 
-def test_check_shows_each_line_as_it_happens_and_ends_quietly_when_its_reader_leaves(
-    home: Path, pair: Pair
-) -> None:
+def test_check_shows_lines_at_once_and_bears_a_reader_that_leaves(home: Path, pair: Pair) -> None:
     first_line_read = threading.Event()
 
     class Slow(Endpoint):

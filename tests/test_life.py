@@ -66,7 +66,7 @@ def send_and_be_read(receiver: Receiver, wire: Wire, data: bytes) -> None:
     eventually(is_read)
 
 
-# --- The end ----------------------------------------------------------------------------------
+# --- The end, and TLS files anew --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -76,13 +76,12 @@ def test_sigterm_and_sigint_close_idle_connections_at_once_and_end_it_with_statu
 ) -> None:
     receiver = start(*(certificate.options if tls else ()))
     context = certificate.context() if tls else None
-    before_its_handshake = Wire(receiver.port)
-    fresh, used = Wire(receiver.port, 10, context), Wire(receiver.port, 10, context)
+    mute, fresh, used = (Wire(receiver.port, 10, each) for each in (None, context, context))
     used.send(STATUS)
     assert used.answer().status == 200
     with within(3):
         receiver.signal(number)
-        assert all(wire.ends() for wire in (before_its_handshake, fresh, used))
+        assert all(wire.ends() for wire in (mute, fresh, used)), "before a handshake or after it"
         assert receiver.process.wait(10) == 0
     receiver.wait_for_log("end of log")
     assert "Traceback" not in "".join(receiver.log)
@@ -120,8 +119,7 @@ def test_a_sigterm_during_a_start_is_obeyed_at_once(start: Start, tmp_path: Path
     (tmp_path / "signals").mkdir()
     block = b"".join(stored_line(signal_payload()) for _ in range(20_000))
     with (tmp_path / "signals/current.jsonl").open("wb") as file:
-        for _ in range(40):  # 800,000 lines, and as many are wanted: seconds of reading
-            file.write(block)
+        file.writelines([block] * 40)  # 800,000 lines, and as many are wanted: seconds of reading
     receiver = start("--dedupe", "10000000", ready=False)
     there = Path("/proc", str(receiver.process.pid), "fd")
 
@@ -145,12 +143,7 @@ def test_many_signals_to_reload_and_to_end_do_not_hang_it(receiver: Receiver, pa
     assert receiver.process.wait(10) == 0
 
 
-# --- TLS files anew ---------------------------------------------------------------------------
-
-
-def test_sighup_takes_new_tls_files_and_drops_nobody(
-    start: Start, certificate: Certificate
-) -> None:
+def test_sighup_renews_tls_files_and_drops_nobody(start: Start, certificate: Certificate) -> None:
     receiver = start(*certificate.options)
     with Wire(receiver.port, 10, certificate.context()) as kept:
         make_certificate(certificate.cert.parent)
@@ -377,20 +370,18 @@ def start_unheard(start: Start, stderr: str) -> Receiver:
     return receiver
 
 
-def test_an_unread_log_holds_up_nothing_and_what_is_dropped_is_counted(
-    start: Start, pair: Pair, tmp_path: Path
-) -> None:
+def test_an_unread_log_holds_up_nothing_and_counts_what_it_drops(start: Start, pair: Pair) -> None:
     late = "2> >(until [ -e go ] || ! kill -0 $$; do sleep 0.1; done; exec cat >log)"
-    receiver, log = start_unheard(start, late), tmp_path / "log"
+    receiver = start_unheard(start, late)
+    log = receiver.directory / "log"
     with Wire(receiver.port) as wire:
         for _ in range(20):  # more lines than the pipe holds, and than any queue should
             wire.send(STATUS * 500)
             assert [wire.answer().status for _ in range(500)] == [200] * 500
     payloads = [signal_payload() for _ in range(20)]
     with within(5):
-        for payload in payloads:
-            assert receiver.post(pair, payload).json == ACCEPTED
-    (tmp_path / "go").touch()  # now it is read again
+        assert [receiver.post(pair, each).json for each in payloads] == [ACCEPTED] * 20
+    log.with_name("go").touch()  # now it is read again
     eventually(log.exists)
     dropped = re.compile(rb"\b\d{4,} .*(dropped|lost|left out)")
     eventually(lambda: answers(receiver.port) and dropped.search(log.read_bytes()), every=0.2)
