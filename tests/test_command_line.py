@@ -56,18 +56,15 @@ def home(tmp_path: Path, pair: Pair) -> Path:
 # What is wrong, how it is given, and what the line must name. For {} each of the last words is
 # given, and named with its option.
 MISTAKES = """
-an unknown option                  | --colour                               | --colour
-an unknown command                 | receive                                | receive
+an unknown option or command       | {}                                     | --colour receive
 an abbreviated option              | --sig x                                | --sig
 no port                            | --port {}                              | http 65536 -1
 a host that is not here            | --host 192.0.2.1 --port 0              | 192.0.2.1
 a host that does not resolve       | --host no-such-host.invalid            | no-such-host.invalid
 a certificate without a key        | --tls-cert tls.pem                     | --tls-key
 a key without a certificate        | --tls-key tls.key                      | --tls-cert
-a certificate that is not there    | --tls-cert no.pem --tls-key tls.key    | no.pem
-a key that is not there            | --tls-cert tls.pem --tls-key no.key    | no.key
-a certificate that is none         | --tls-cert text --tls-key tls.key      | text
-another certificate's key          | --tls-cert tls.pem --tls-key other.key | other.key
+no certificate                     | --tls-cert {} --tls-key tls.key        | no.pem text
+no key of the certificate          | --tls-cert tls.pem --tls-key {}        | no.key other.key
 keys that are not there            | --keys no-such-keys                    | no-such-keys
 half a pair of keys                | --keys half                            | half.private
 a signals directory that is a file | --signals text --port 0                | text
@@ -89,8 +86,7 @@ an argument of demo                | demo now                               | no
 check of nothing                   | check                                  | URL
 check of no URL         | check {} | localhost:3014/live ftp://localhost/live http:///live
 check of no host        | check {} | 'http://local host/live' http://..invalid/live http://[::1/live
-check of no port        | check {} | http://localhost:port/live
-check outside ASCII     | check {} | http://localhost/é
+check of odd characters | check {} | http://localhost:port/live http://localhost/é
 check of another instance          | check http://[::1]:1/live --instance nobody | nobody
 check with keys that are not there | check http://[::1]:1/live --keys nowhere    | nowhere
 check with an option of serve      | check http://[::1]:1/live --port 80         | --port
