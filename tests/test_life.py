@@ -390,15 +390,21 @@ def test_an_unread_log_holds_up_nothing_and_counts_what_it_drops(start: Start, p
     assert receiver.ids() == [payload_id(payload) for payload in payloads]
 
 
-@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full", "2> >(true)"])
+@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full", "2> >(true)", "2>{tty}"])
 def test_a_failing_standard_error_holds_up_nothing(start: Start, pair: Pair, stderr: str) -> None:
-    receiver = start_unheard(start, stderr)
+    reader, terminal = os.openpty()  # it is not read
+    receiver = start_unheard(start, stderr.format(tty=os.ttyname(terminal)))
+    with Wire(receiver.port) as wire:
+        wire.send(STATUS * 1000)
+        assert [wire.answer().status for _ in range(1000)] == [200] * 1000
     post = post_bytes(pair, PAYLOAD)
     assert at_once(8, lambda _: ask(receiver.port, post).json) == [ACCEPTED] * 8
     receiver.signal(signal.SIGHUP)
     assert answers(receiver.port)
     assert receiver.stop() == 0
     assert receiver.ids() == [payload_id(PAYLOAD)]
+    os.close(reader)
+    os.close(terminal)
 
 
 def test_a_standard_error_that_others_share_is_left_as_it_is(tmp_path: Path, pair: Pair) -> None:
