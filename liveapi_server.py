@@ -226,8 +226,7 @@ def read_body(file: io.BufferedIOBase, head: Head, max_body: int) -> bytes:
     """Read a body of at most `max_body` bytes, and no byte more."""
     if head.length is not None:
         return _read(file, head.length, max_body)
-    # Tiny chunks cost a server far more than their sender. So their framing may not outweigh what
-    # they hold by much (Go's net/http has such a bound since CVE-2023-39326).
+    # Tiny chunks cost a server far more than their sender: hence a bound, as for CVE-2023-39326.
     body, left = bytearray(), CHUNK_FRAMING_BYTES
     while True:
         line = file.readline(CHUNK_LINE_BYTES)
@@ -446,8 +445,7 @@ def parse_line(line: bytes) -> tuple[str, str, bytes] | None:
 #   a write, a sync or  the one recovery: the segment is cut back to what has been acknowledged,
 #   a directory's sync  synced, closed, and a new one is opened. Until all of that has worked
 #   fails               nothing is stored. Nothing more ever goes into the old file: the kernel may
-#                       have dropped what it could not write, so that a later sync which succeeds
-#                       would prove nothing.
+#                       have dropped what it could not write, and a later sync would not tell.
 #   a due closing fails the segment stays open and sound, and signals go on being stored in it.
 #   the file changes    someone renamed, removed, replaced or cut it: it is let go, and the path is
 #                       opened anew as at a start, before a byte is written.
@@ -623,8 +621,6 @@ class SignalLog:
         """Whether the open segment is full, or of another day."""
         size, another_day = self.place[2], self.day != self.clock() // DAY
         return size > 0 and (size >= self.segment_bytes or another_day)
-
-    # The open segment
 
     def _prepare(self) -> None:
         """See to it that the open segment is sound, the file that readers see, and has room."""
@@ -832,8 +828,7 @@ class Figures:
 # ---- 6  Server: connections, the threads that handle them, the answers ---------------------------
 # A handler blocks in its read, without a timeout of its own: in CPython such a timeout costs two
 # more system calls for each read, and each call that gives up the interpreter lock has to wait for
-# it under load. Instead a housekeeper looks at all connections now and then, and shuts the sockets
-# of those that are late. Whoever reads one then finds its end.
+# it under load. Instead a housekeeper shuts what is late, and the read finds its end.
 
 LINGER_SECONDS = 2.0  # for an answer to arrive before the connection is closed on unread bytes
 STOP_SECONDS = 8.0  # for requests in flight
@@ -846,14 +841,10 @@ NEVER = float("inf")
 
 class Server(socketserver.BaseServer):
     """A server of the framework's family, on a socket that listens already: systemd's or our own.
-
-    Each of its threads takes a connection, handles it to its end, and takes the next one. The one
-    that takes the last free thread's connection starts one more: a new thread for each connection
-    would cost more than a signal."""
+    Its threads are kept: one for each new connection would cost more than a signal."""
 
     tls: ssl.SSLContext | None = None
     stopping = ending = False  # each answer is a connection's last; no connection is taken
-    figures: Figures
     routes: dict[str, tuple[str, ...]]  # the methods of each path
     receiver: Server  # the public listener, which the console shows; only that one has the rest
     signal_log: SignalLog
@@ -864,6 +855,7 @@ class Server(socketserver.BaseServer):
     def __init__(self, listener: socket.socket, handler: Any, settings: Settings, most: int):
         super().__init__(listener.getsockname(), handler)
         self.socket, self.settings, self.most = listener, settings, most
+        self.figures = Figures()
         self.room = threading.Condition()  # guards the next two; held for microseconds
         self.handlers = set[StrictHandler]()  # the open connections
         self.threads = self.free = 0  # free: without a connection
@@ -907,7 +899,7 @@ class Server(socketserver.BaseServer):
             request, address = self.socket.accept()
             with self.room:
                 self.free -= 1
-                if not self.free:
+                if not self.free:  # the next connection shall find one
                     self.start_thread()
         return request, address
 
@@ -1353,7 +1345,6 @@ class ConsoleHandler(StrictHandler):
 def console_status(receiver: Server) -> dict[str, Any]:
     """What the console's /status and its page say, and /metrics in its own way."""
     figures, trouble = receiver.figures, receiver.signal_log.trouble
-    open_now, size = len(receiver.handlers), receiver.signal_log.place[2]
 
     def known_of(name: str) -> dict[str, Any]:
         known: dict[str, Any] = {"instance": name, "last_verify_at": figures.verified.get(name)}
@@ -1365,8 +1356,8 @@ def console_status(receiver: Server) -> dict[str, Any]:
     with figures.counting:
         status: dict[str, Any] = {"status": "unavailable" if trouble else "ok"}
         status |= {"reason": trouble or None, "version": __version__, "started_at": figures.started}
-        status |= {"endpoint": receiver.url, "segment": CURRENT}
-        status |= {"segment_bytes": size, "connections": open_now}
+        status |= {"endpoint": receiver.url, "connections": len(receiver.handlers)}
+        status |= {"segment": CURRENT, "segment_bytes": receiver.signal_log.place[2]}
         status |= {"instances": [known_of(name) for name in names_of(receiver.instances)]}
         return status | {"refused": known_of("")["refused"], "refusals": list(figures.refusals)}
 
@@ -1553,11 +1544,10 @@ def open_servers(settings: Settings) -> tuple[Server, list[Server]]:
     private = given.get("console") or (settings.console and open_listener(*settings.console))
     port = 3014 if settings.port is None else settings.port
     listener = given.get("live") or open_listener(settings.host or "127.0.0.1", port)
-    figures, path = Figures(), settings.signals
-    signal_log = SignalLog(path, settings.dedupe, settings.segment_bytes, figures.committed)
     receiver = Server(listener, SignalHandler, settings, settings.max_connections)
-    receiver.instances, receiver.tls = instances, tls
-    receiver.figures, receiver.signal_log = figures, signal_log
+    receiver.instances, receiver.tls, path = instances, tls, settings.signals
+    committed = receiver.figures.committed
+    receiver.signal_log = SignalLog(path, settings.dedupe, settings.segment_bytes, committed)
     receiver.routes = {settings.path: ("GET", "HEAD", "POST"), "/status": ("GET", "HEAD")}
     receiver.url = f"http{'s' * bool(tls)}://{address_of(listener)}{settings.path}"
     try:
@@ -1568,22 +1558,21 @@ def open_servers(settings: Settings) -> tuple[Server, list[Server]]:
         # Who may read the signals cannot open this file, and hold the lock in our place.
         lock = os.open(path / ".lock", os.O_WRONLY | os.O_NONBLOCK | NEW, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        figures.received = signal_log.start()
+        receiver.figures.received = receiver.signal_log.start()
     except OSError as error:
         reason = "another server uses it" if isinstance(error, BlockingIOError) else error.strerror
         raise OperatorError(f"cannot open the log in {path}: {reason}") from None
     if not private:
         return receiver, []
     console = Server(private, ConsoleHandler, settings, WATCHERS)
-    console.receiver, console.figures = receiver, figures
+    console.receiver = receiver
     console.routes = dict.fromkeys(("/", "/signals", "/status", "/metrics"), ("GET", "HEAD"))
     return receiver, [console]
 
 
 def keep_house(receiver: Server, others: list[Server]) -> NoReturn:
-    """A thread's life: start the others, then look now and then at deadlines and the clock, and
-    tell the status. It takes all locks but the disk's: should one be held for good, there are no
-    more pings."""
+    """A thread's life: start the others, then look at deadlines now and then, and tell the status.
+    It takes all locks but the disk's: should one be held for good, there are no more pings."""
     settings, signal_log, servers = receiver.settings, receiver.signal_log, [receiver, *others]
     watchdog = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 or NEVER
     pause = min(SWEEP_SECONDS, settings.timeout / 5, settings.keepalive / 5, watchdog / 4)
