@@ -1344,7 +1344,7 @@ class ConsoleHandler(StrictHandler):
 
 def console_status(receiver: Server) -> dict[str, Any]:
     """What the console's /status and its page say, and /metrics in its own way."""
-    figures, trouble = receiver.figures, receiver.signal_log.trouble
+    figures, trouble = receiver.figures, receiver.signal_log.trouble or None
 
     def known_of(name: str) -> dict[str, Any]:
         known: dict[str, Any] = {"instance": name, "last_verify_at": figures.verified.get(name)}
@@ -1354,10 +1354,10 @@ def console_status(receiver: Server) -> dict[str, Any]:
         return known
 
     with figures.counting:
-        status: dict[str, Any] = {"status": "unavailable" if trouble else "ok"}
-        status |= {"reason": trouble or None, "version": __version__, "started_at": figures.started}
-        status |= {"endpoint": receiver.url, "connections": len(receiver.handlers)}
+        status: dict[str, Any] = {"status": "unavailable" if trouble else "ok", "reason": trouble}
+        status |= {"version": __version__, "started_at": figures.started, "endpoint": receiver.url}
         status |= {"segment": CURRENT, "segment_bytes": receiver.signal_log.place[2]}
+        status |= {"connections": len(receiver.handlers)}
         status |= {"instances": [known_of(name) for name in names_of(receiver.instances)]}
         return status | {"refused": known_of("")["refused"], "refusals": list(figures.refusals)}
 
