@@ -269,9 +269,8 @@ KEY_BYTES = 4096  # more than any key has
 
 @dataclass(frozen=True)
 class Instance:
-    """A Live API instance: its name here, and a pair of keys that the Dashboard made for it. The
-    public key only names the instance. The private key, which never leaves this object, signs in
-    both directions and gives the content encryption key. There is one for each pair."""
+    """A Live API instance's name here, and a pair of its keys. The public one only names it; the
+    private one, which never leaves this object, signs in both directions, and encrypts."""
 
     name: str
     public_key: bytes = field(repr=False)
@@ -800,11 +799,6 @@ class Figures:
             self.refusals.append({"at": now_rfc3339(), "instance": instance, "reason": reason})
         self.say(logging.WARNING, instance, f"refused: {reason}", detail)
 
-    def verify(self, instance: str) -> None:
-        with self.counting:
-            self.verified[instance] = now_rfc3339()
-        self.say(logging.INFO, instance, "Verify: answered the challenge")
-
     def say(self, level: int, instance: str, reason: str, detail: str = "") -> None:
         """Log something that a client has caused, but not again and again."""
         now = time.monotonic()
@@ -950,9 +944,8 @@ class Server(socketserver.BaseServer):
 
 
 class StrictHandler(BaseHTTPRequestHandler):
-    """A connection of either listener, in a thread of its own. As with the framework's handler, a
-    subclass has do_GET() and so on, which read the request's body by read_body() and give their
-    answer to answer(), or raise Refusal."""
+    """A connection of either listener, in a thread of its own. A subclass has do_GET() and so on,
+    which read a body by read_body(), and give their answer to answer() or raise Refusal."""
 
     server: Server
     request: socket.socket
@@ -1108,7 +1101,9 @@ class SignalHandler(StrictHandler):
         # one signed. So nothing that begins as one is, whatever a parser would make of the rest.
         if begins_as_object(challenge.encode()):
             raise Refusal(400, "challenge could pass for a signal")
-        self.server.figures.verify(instance.name)
+        with (figures := self.server.figures).counting:
+            figures.verified[instance.name] = now_rfc3339()
+        figures.say(logging.INFO, instance.name, "Verify: answered the challenge")
         self.answer(Answer(200, instance.sign(challenge.encode()), "text/plain"))
 
     def do_POST(self) -> None:
@@ -1786,9 +1781,8 @@ def main() -> int:
     parser = _Parser(prog="liveapi_server.py", description=about, epilog=after, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     add = functools.partial(commands.add_parser, allow_abbrev=False)
-    defaults = argparse.SUPPRESS  # they are those of Settings
-    serving = add("serve", help="receive signals (the default)", argument_default=defaults)
-    for each in fields(Settings):
+    serving = add("serve", help="receive signals (the default)", argument_default=argparse.SUPPRESS)
+    for each in fields(Settings):  # which have the defaults
         serving.add_argument("--" + each.name.replace("_", "-"), **each.metadata)
     serving.add_argument("--version", action="version", version=f"liveapi_server {__version__}")
     checking = add("check", help="play the Live API's side against an endpoint")
