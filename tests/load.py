@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from harness import Answer, Pair, eventually, payload_id, signal_payload
+from harness import Pair, eventually, payload_id, signal_payload
 
 GIVE_UP = 50.0  # seconds that a signal may take from its first sending to its 200
 
@@ -77,17 +77,18 @@ class Load:
             try:
                 headers = pair.headers(body) | ({} if self.kept else {"connection": "close"})
                 connection.request("POST", "/live", body, headers)
-                answer = Answer.read(connection.getresponse())
+                response = connection.getresponse()
+                text = response.read()
             except (OSError, http.client.HTTPException) as error:
                 self.cut_off[type(error).__name__] += 1
                 connection.close()  # the next request opens it again
                 time.sleep(0.01)
                 continue
-            self.answers[answer.status] += 1
-            if answer.status == 200:
+            self.answers[response.status] += 1
+            if response.status == 200:
                 return True
-            if answer.status != 503:
-                self.faults.append(f"{answer.status} {answer.body!r}")
+            if response.status != 503:
+                self.faults.append(f"{response.status} {text!r}")
             time.sleep(0.05)
         return False
 
