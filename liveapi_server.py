@@ -977,15 +977,13 @@ class StrictHandler(BaseHTTPRequestHandler):
             socket.socket.shutdown(self.request, how)
 
     def handle(self) -> None:
-        if isinstance(self.request, ssl.SSLSocket):
-            self.request.do_handshake()
-            self.wait("idle", self.server.settings.timeout)
         try:
+            if isinstance(self.request, ssl.SSLSocket):
+                self.request.do_handshake()
             super().handle()
-        except OSError:  # the client has gone, or was shut out
-            pass
-        except Exception:  # not left to the thread: finish() might wait for ever before
-            exit_on_defect()
+        except Exception as error:  # not left to the thread: finish() might wait for ever before
+            if not isinstance(error, OSError):  # the client has gone, or was shut out
+                exit_on_defect()
 
     def handle_one_request(self) -> None:
         """Read a request, do what it asks for, and answer it."""
