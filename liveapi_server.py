@@ -369,9 +369,8 @@ def names_of(instances: dict[bytes, Instance]) -> list[str]:
 
 
 def say_keys(instances: dict[bytes, Instance]) -> None:
-    for key, instance in instances.items():  # as it is said of an unknown one
-        digest = hashlib.sha256(key).hexdigest()
-        log.info("public key of %s: SHA-256 %.6s...", instance.name, digest)
+    for key, each in instances.items():  # as it is said of an unknown one
+        log.info("public key of %s: SHA-256 %.6s...", each.name, hashlib.sha256(key).hexdigest())
 
 
 # ---- 3  Signal: is it a JSON object; the line that will stand in the log -------------------------
@@ -1155,10 +1154,9 @@ class SignalHandler(StrictHandler):
         if instance := instances.get(key):
             self.instance = instance
             return instance
-        for each in instances.values():
-            if hmac.compare_digest(key, each.private_key):
-                reason = f"the private key of {each.name} as public key: swapped?"
-                raise Refusal(UNKNOWN_KEY, reason)
+        for own in instances.values():
+            if hmac.compare_digest(key, own.private_key):
+                raise Refusal(UNKNOWN_KEY, f"the private key of {own.name} as public key: swapped?")
         digest = hashlib.sha256(key).hexdigest()  # tells keys apart without showing them
         raise Refusal(UNKNOWN_KEY, "invalid public key", f"(SHA-256 {digest:.6}...)")
 
@@ -1568,7 +1566,6 @@ def keep_house(receiver: Server, others: list[Server]) -> NoReturn:
     It takes all locks but the disk's: should one be held for good, there are no more pings."""
     settings, signal_log, servers = receiver.settings, receiver.signal_log, [receiver, *others]
     watchdog = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 or NEVER
-    pause = min(SWEEP_SECONDS, settings.timeout / 5, settings.keepalive / 5, watchdog / 4)
     threading.Thread(target=signal_log.run, daemon=True).start()
     names = ", ".join(names_of(receiver.instances))
     log.info("ready on %s for %s; signals go to %s", receiver.url, names, settings.signals)
@@ -1589,7 +1586,7 @@ def keep_house(receiver: Server, others: list[Server]) -> NoReturn:
             alive = receiver.free or receiver.threads > receiver.most
         if watchdog != NEVER and alive:
             notify("WATCHDOG=1")
-        time.sleep(pause)
+        time.sleep(min(SWEEP_SECONDS, settings.timeout / 5, settings.keepalive / 5, watchdog / 4))
 
 
 def serve(settings: Settings) -> NoReturn:
