@@ -80,12 +80,10 @@ SIGNATURE = b"x-notificare-signature"
 FRAMING_FIELDS = b"host transfer-encoding content-length expect".split()
 # Fields that say one thing; said twice they could be read in two ways.
 SAID_ONCE = {PUBLIC_KEY, SIGNATURE, b"content-type", b"content-encoding", *FRAMING_FIELDS}
-
 TARGET_BYTES, HEADER_BYTES, FIELDS, CHUNK_LINE_BYTES = 8192, 32768, 100, 256
 REQUEST_LINE_BYTES = TARGET_BYTES + 64  # with the method and the version
 CHUNK_FRAMING_BYTES = 16384  # by which the framing of chunks may outweigh what they hold
 QUERY_PARAMETERS = 16  # of a Verify: parsing them takes time
-
 # The rules' numbers are RFC 9112's sections.
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 section 5.6.2
 _CHAR = r"[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2}"  # RFC 3986 sections 2 and 3.2.2
@@ -847,14 +845,12 @@ class Server(socketserver.BaseServer):
 
     def __init__(self, listener: socket.socket, handler: Any, settings: Settings, most: int):
         super().__init__(listener.getsockname(), handler)
-        self.socket, self.settings, self.most = listener, settings, most
-        self.figures = Figures()
+        self.socket, self.settings, self.most, self.figures = listener, settings, most, Figures()
         self.room = threading.Condition()  # guards the next two; held for microseconds
         self.handlers = set[StrictHandler]()  # the open connections
         self.threads = self.free = 0  # free: without a connection
         self.accepting = threading.Lock()  # held by the thread that waits for a connection
-        self.wake = os.eventfd(0, os.EFD_CLOEXEC)  # at a stop; until then it costs nothing to wait
-        self.waits = (listener.fileno(), self.wake)
+        self.waits = (listener.fileno(), os.eventfd(0, os.EFD_CLOEXEC))  # the latter for a stop
         listener.setblocking(False)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # so for those it accepts
 
@@ -933,7 +929,7 @@ class Server(socketserver.BaseServer):
         until, self.stopping = time.monotonic() + STOP_SECONDS, True
         time.sleep(GRACE_SECONDS)
         self.ending = True
-        os.eventfd_write(self.wake, 1)
+        os.eventfd_write(self.waits[1], 1)
         while self.socket.fileno() >= 0 or self.free < self.threads:
             if time.monotonic() > until:
                 return False
@@ -1171,8 +1167,7 @@ class SignalHandler(StrictHandler):
 # ---- 7  Console: the private listener: page, stream, status, metrics -----------------------------
 
 WATCHERS = 32  # connections to the console at once
-STREAM_LINES = 100  # of the open segment, that a new watcher is shown
-STREAM_BYTES = 4 << 20  # of them at most
+STREAM_LINES, STREAM_BYTES = 100, 4 << 20  # most of the open segment that a new one is shown
 STREAM_PAUSE = 0.25  # seconds between two looks at the log
 WATCHER_SECONDS = 3600.0  # that a watcher may take nothing, while there is room for others
 STREAM = "text/event-stream"
@@ -1367,8 +1362,8 @@ def metrics(receiver: Server) -> bytes:
     with figures.counting:
         every = itertools.product([*names_of(receiver.instances), ""], RESULTS)
         results = {each: figures.signals[each] for each in every}
-        spent = {"_sum": round(figures.commit_seconds, 6), "_count": figures.commits}
         started = datetime.fromisoformat(figures.started).timestamp()
+        spent = {"_sum": round(figures.commit_seconds, 6), "_count": figures.commits}
         samples: dict[str, dict[str, float]] = {
             "signals_total counter Signals by what became of them": by("result", results),
             "refused_total counter Requests refused": by("reason", figures.refused),
@@ -1472,8 +1467,7 @@ def activated_listeners() -> dict[str, socket.socket]:
             for fd, name in enumerate(names[: int(count)], 3):
                 given["console" if name == "console" else "live"] = socket.socket(fileno=fd)
         tcp = [each for each in given.values() if each.family != socket.AF_UNIX]
-        listens = (socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        if sum(each.getsockopt(*listens) for each in tcp) != int(count):
+        if sum(it.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for it in tcp) != int(count):
             raise OperatorError(f"LISTEN_FDS={count}: it may be one named live, one console")
     return given
 
@@ -1578,8 +1572,8 @@ def keep_house(receiver: Server, others: list[Server]) -> NoReturn:
             if not server.free:  # at the start, or because no thread could be had
                 server.start_thread()
             server.sweep()
-        trouble = signal_log.trouble
-        state = f"CANNOT STORE SIGNALS ({trouble})" if trouble else "storing signals"
+        why = signal_log.trouble
+        state = f"CANNOT STORE SIGNALS ({why})" if why else "storing signals"
         if not receiver.stopping:
             notify(f"STATUS={state}{receiver.not_reloaded}: {receiver.figures.summary()}")
         with signal_log.turn:
@@ -1646,16 +1640,15 @@ class LiveAPI:
     def __init__(self, url: str, *, insecure: bool = False) -> None:
         try:
             parts = urlsplit(url)
-            host, port = (parts.hostname or "").encode("idna").decode(), parts.port
-            port = port or (443 if parts.scheme == "https" else 80)
-            if not host or not re.fullmatch("(?i)https?://[!-~]+", url):
+            host, _ = parts.netloc.encode("idna").decode(), parts.port  # either may be none
+            if not parts.hostname or not re.fullmatch("(?i)https?://[!-~]+", url):
                 raise ValueError
         except ValueError:
             raise OperatorError(f"{url!r} is no endpoint: give it as https://HOST/live") from None
         tls = ssl._create_unverified_context() if insecure else ssl.create_default_context()
         secure = functools.partial(http.client.HTTPSConnection, context=tls)
         connect = secure if parts.scheme == "https" else http.client.HTTPConnection
-        self.connection: http.client.HTTPConnection = connect(host, port, timeout=CALL_SECONDS)
+        self.connection: http.client.HTTPConnection = connect(host, timeout=CALL_SECONDS)
         self.url = url
         self.target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
 
