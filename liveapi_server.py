@@ -975,6 +975,7 @@ class StrictHandler(BaseHTTPRequestHandler):
         try:
             if isinstance(self.request, ssl.SSLSocket):
                 self.request.do_handshake()
+                self.wait("idle", self.server.settings.timeout)
             super().handle()
         except Exception as error:  # not left to the thread: finish() might wait for ever before
             if not isinstance(error, OSError):  # the client has gone, or was shut out
