@@ -1084,10 +1084,9 @@ class SignalHandler(StrictHandler):
             code, status = (503, "unavailable") if self.server.signal_log.trouble else (200, "ok")
             self.answer(json_answer(code, status=status))
             return
-        query = self.head.query
         try:
-            parameters = parse_qs(query, True, errors="strict", max_num_fields=QUERY_PARAMETERS)
-            (challenge,) = parameters.get("challenge", [""])
+            sent = parse_qs(self.head.query, True, errors="strict", max_num_fields=QUERY_PARAMETERS)
+            (challenge,) = sent.get("challenge", [""])
         except ValueError:
             raise Refusal(400, "challenge is repeated, not UTF-8, or in a crowd") from None
         instance = self.find_instance(asked=bool(challenge))
