@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -69,6 +70,7 @@ keys that are not there            | --keys no-such-keys                    | no
 half a pair of keys                | --keys half                            | half.private
 a signals directory that is a file | --signals text --port 0                | text
 a signals directory below a file   | --signals text/x --port 0              | text
+a FIFO in place of the lock        | --signals fifo --port 0                | fifo
 no limit of bodies                 | --max-body {}                          | 0 -5 1M
 no connections                     | --max-connections {}                   | 0
 no time                            | --timeout {}                           | 0 -1 nan inf
@@ -101,6 +103,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]
     Pair("half").write(directory / "half")
     (directory / "half" / "half.private").unlink()
     (directory / "text").write_text("words\n")
+    (directory / "fifo").mkdir()
+    os.mkfifo(directory / "fifo" / ".lock")
     for stem in ("tls", "other"):
         make_certificate(directory, stem)
     with socket.create_server(("127.0.0.1", 0)) as holder:

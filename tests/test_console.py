@@ -192,6 +192,18 @@ def test_the_stream_shows_only_what_is_synced(watched: Watched, tmp_path: Path) 
         poster.join()
 
 
+@needs_strace
+def test_a_line_that_is_cut_off_is_not_shown_though_it_was_there_for_a_while(
+    watched: Watched, tmp_path: Path
+) -> None:
+    receiver, payloads = watched.receiver, [signal_payload() for _ in range(3)]
+    fault = injected(receiver, tmp_path / "t", "fdatasync:error=EIO:delay_enter=1000000:when=2")
+    with watched.watch() as events, fault, closing(receiver.connect()) as connection:
+        answers = [receiver.post(watched.pair, each, connection=connection) for each in payloads]
+        assert [answer.status for answer in answers] == [200, 503, 200]
+        assert [next(events)[0] for _ in range(2)] == [payload_id(each) for each in payloads[::2]]
+
+
 def resident(receiver: Receiver) -> float:
     """MiB of memory that the process holds."""
     text = Path("/proc", str(receiver.process.pid), "status").read_text()
