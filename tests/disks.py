@@ -7,13 +7,12 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from harness import ACCEPTED, PROGRAM, Pair, Receiver, eventually, payload_id
+from harness import ACCEPTED, COMMAND, Pair, Receiver, eventually, one_clear_line, payload_id, run
 
 TRACED = re.compile(r"TracerPid:\t[1-9]")
 MEGABYTES = {"tmpfs": 8, "ext4": 64, "xfs": 320}  # the least that mkfs makes, or a little more
@@ -25,7 +24,7 @@ def mounted(where: Path, *arguments: str | Path) -> Iterator[Path]:
     if os.geteuid() != 0:
         pytest.skip("needs root, to mount a file system")
     where.mkdir(exist_ok=True)
-    done = subprocess.run(["mount", *arguments, where], capture_output=True, text=True, check=False)
+    done = run("mount", *arguments, where)
     if done.returncode:
         pytest.skip(f"cannot mount here: {done.stderr.strip()}")
     try:
@@ -71,8 +70,7 @@ def fill(where: Path, leave: int) -> Path:
 def injected(receiver: Receiver, trace: Path, *faults: str, only: str = "") -> Iterator[Path]:
     """System calls of the running receiver fail as strace(1)'s `inject` says; see `trace`.
 
-    `only`: those on files of the log with such names, parted by spaces. `when` is counted in each
-    thread.
+    `only`: those on these files of the log. `when` is counted in each thread.
     """
     command = ["strace", "-f", "-y", "-o", str(trace), "-p", str(receiver.process.pid)]
     for fault in faults:
@@ -111,16 +109,20 @@ def traced(trace: Path, *options: str) -> tuple[str, ...]:
     return ("strace", "-D", "-f", "-y", "-s", "4096", "-o", str(trace), *options)
 
 
+def left(directory: Path, content: bytes, name: str = "current.jsonl") -> Path:
+    """A segment that an earlier run has left in this directory's log."""
+    path = directory / "signals" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
 def refused_start(
     directory: Path, signals: Path | None = None, wrapper: tuple[str, ...] = ()
 ) -> str:
     """A start with the keys of `directory` must end with exit status 2; the one line it says."""
     options = ("--keys", directory / "keys", "--signals", signals or directory / "signals")
-    command = (*wrapper, sys.executable, PROGRAM, *options, "--port", "0")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.strip().splitlines()
-    return line
+    return one_clear_line(run(*wrapper, *COMMAND, *options, "--port", "0"))
 
 
 def stored_line(payload: bytes, received_at: str = "2031-05-06T12:00:00.000001Z") -> bytes:
