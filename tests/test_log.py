@@ -9,19 +9,17 @@ import json
 import os
 import re
 import stat
-import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
-from disks import ids, refused_start, store, stored_line, traced
-from harness import ACCEPTED, Pair, Receiver, Start, bash, eventually, signal_payload
+from disks import ids, left, refused_start, store, stored_line, traced
+from harness import ACCEPTED, Pair, Receiver, Start, bash, eventually, run, running, signal_payload
 from peers import at_once
-from tools import LIBFAKETIME, needs_faketime, needs_strace
+from tools import LIBFAKETIME, needs_faketime, needs_programs, needs_strace
 
 LINE = re.compile(
     rb'\{"received_at":"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z)",'
@@ -201,48 +199,41 @@ def turn(clock: Path, to_midnight: float) -> None:
 
 def test_a_segment_closes_as_soon_as_it_has_reached_its_size(start: Start, pair: Pair) -> None:
     receiver = start("--segment-bytes", "2000")
-
-    def is_small() -> bool:
-        with suppress(FileNotFoundError):  # between the closing and the next one's opening
-            return receiver.current.stat().st_size < 2000
-        return False
-
+    began, closed, size = time.time(), 0, 0
     payloads = [signal_payload() for _ in range(60)]
-    began = time.time()
     for payload in payloads:
         store(receiver, pair, payload)
-        eventually(is_small)
-    longest = max(map(len, receiver.raw().splitlines(keepends=True)))
-    assert len(receiver.closed_segments()) >= 5
+        size += len(stored_line(payload))
+        if size >= 2000:
+            closed, size = closed + 1, 0
+        eventually(lambda closed=closed: len(receiver.closed_segments()) == closed)
+    assert closed >= 5
     for path in receiver.closed_segments():
-        assert 2000 <= path.stat().st_size < 2000 + longest
-        assert path.read_bytes().endswith(b"\n")
         assert began - 0.001 <= closed_at(path).timestamp() <= time.time() + 0.001
     assert receiver.ids() == ids(*payloads)
 
 
 @needs_faketime
-@pytest.mark.parametrize("way", ["midnight comes", "the clock is set a day forward"])
-def test_a_segment_of_another_day_closes_without_traffic_and_names_sort_in_that_order_when(
-    start: Start, tmp_path: Path, pair: Pair, way: str
+def test_a_segment_of_another_day_closes_without_traffic_and_names_sort_in_that_order(
+    start: Start, tmp_path: Path, pair: Pair
 ) -> None:
     clock = tmp_path / "clock"
     turn(clock, 36 * HOUR)
     receiver = start(env=fake_clock(clock))
     turn(clock, 12 * HOUR)
-    payloads = [signal_payload() for _ in range(3)]
+    payloads = [signal_payload() for _ in range(4)]
     store(receiver, pair, payloads[0])
     (old,) = receiver.lines()
     assert receiver.closed_segments() == [], "it was of no day while it was empty"
-    turn(clock, 1 if "comes" in way else -12 * HOUR)
+    turn(clock, 1)  # midnight comes
     (closed,) = eventually(receiver.closed_segments, seconds=10)
     now = closed_at(closed)
-    assert f"{now - timedelta(days=1):%Y-%m-%d}" == old["received_at"][:10]
-    if "comes" in way:
-        assert (now.hour, now.minute) == (0, 0)
-    store(receiver, pair, *payloads[:2])
-    turn(clock, 60 * HOUR)
-    eventually(lambda: len(receiver.closed_segments()) == 2)
+    assert f"{now - timedelta(days=1):%Y-%m-%d %H:%M}" == old["received_at"][:10] + " 00:00"
+    for count, to_midnight in ((2, 60 * HOUR), (3, -36 * HOUR)):  # set back, then forward
+        store(receiver, pair, *payloads[:count])
+        turn(clock, to_midnight)
+        eventually(lambda count=count: len(receiver.closed_segments()) == count)
+    assert closed_at(receiver.closed_segments()[-1]).date() > now.date()
     store(receiver, pair, *payloads)
     assert receiver.ids() == ids(*payloads)
 
@@ -256,17 +247,13 @@ def test_a_segment_found_open_from_another_day_is_closed_at_the_start_and_today_
     start: Start, pair: Pair, changed: float
 ) -> None:
     payload, fresh = signal_payload(), signal_payload()
-    left = stored_line(payload)
     with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:  # it takes times of any size
-        path = Path(memory, "signals", "current.jsonl")
-        path.parent.mkdir()
-        path.write_bytes(left)
-        os.utime(path, (changed, changed))
+        os.utime(left(Path(memory), stored_line(payload)), (changed, changed))
         began = time.time()
         for _ in range(2):
             receiver = start(directory=Path(memory))
             (closed,) = receiver.closed_segments()
-            assert closed.read_bytes() == left
+            assert closed.read_bytes() == stored_line(payload)
             assert closed_at(closed).timestamp() >= began - 0.001
             store(receiver, pair, payload, fresh)
             assert receiver.ids() == ids(payload, fresh)
@@ -291,15 +278,13 @@ DAMAGE = {
 def test_a_torn_tail_is_cut_off_at_the_start_and_damage_elsewhere_is_kept_and_both_are_said(
     start: Start, tmp_path: Path, pair: Pair, case: str, alone: bool
 ) -> None:
-    path = tmp_path / "signals" / "current.jsonl"
     payloads, tail = [*(signal_payload() for _ in range(3)), b"{}"], DAMAGE[case]
     first, second, last = map(stored_line, payloads[:3])
     # Even the whole line is none there, without its last byte.
     kept = b"" if alone else first + second + tail[:-1] + b"\n" + last
-    path.parent.mkdir()
-    path.write_bytes(kept + tail)
+    left(tmp_path, kept + tail)
     receiver = start()
-    assert path.read_bytes() == kept
+    assert receiver.raw() == kept
     receiver.wait_for_log(rf"current\.jsonl.*\b{len(tail)} bytes", 2)
     if not alone:
         receiver.wait_for_log(r"\b1 damaged line", 2)
@@ -312,29 +297,27 @@ CLOSED = "20310506T120000.{:06}Z.jsonl"
 
 
 @needs_strace
-@pytest.mark.parametrize(
-    "thing", ["a link to nothing", "a directory", "a file that cannot be read"]
-)
-def test_a_closed_segment_that_has_gone_or_cannot_be_read_is_passed_over_with_a_warning(
-    start: Start, tmp_path: Path, pair: Pair, thing: str
+def test_closed_segments_that_have_gone_or_cannot_be_read_are_passed_over_with_a_warning(
+    start: Start, tmp_path: Path, pair: Pair
 ) -> None:
     payloads = [signal_payload(), signal_payload()]
-    signals = tmp_path / "signals"
-    signals.mkdir()
-    for number, payload in zip((1, 3), payloads, strict=True):
-        (signals / CLOSED.format(number)).write_bytes(stored_line(payload))
-    odd = signals / CLOSED.format(2)
-    wrapper: tuple[str, ...] = ()
-    if thing == "a link to nothing":  # listed, and not there when it is opened
-        odd.symlink_to("nothing")
-    elif thing == "a directory":
-        odd.mkdir()
-    else:
-        odd.write_bytes(stored_line(signal_payload()))
-        fault = ("-P", str(odd), "-e", "trace=pread64,read", "-e", "inject=pread64,read:error=EIO")
-        wrapper = traced(tmp_path / "trace", *fault)
-    receiver = start(wrapper=wrapper)
-    receiver.wait_for_log(re.escape(odd.name), 2)
+    for number, payload in zip((1, 5), payloads, strict=True):
+        left(tmp_path, stored_line(payload), CLOSED.format(number))
+    unreadable = left(tmp_path, stored_line(signal_payload()), CLOSED.format(2))
+    gone, directory = (unreadable.with_name(CLOSED.format(number)) for number in (3, 4))
+    gone.symlink_to("nothing")  # listed, and not there when it is opened
+    directory.mkdir()
+    fault = (
+        "-P",
+        str(unreadable),
+        "-e",
+        "trace=pread64,read",
+        "-e",
+        "inject=pread64,read:error=EIO",
+    )
+    receiver = start(wrapper=traced(tmp_path / "trace", *fault))
+    for odd in (gone, directory, unreadable):
+        receiver.wait_for_log(re.escape(odd.name), 2)
     store(receiver, pair, *payloads)
     assert receiver.current.read_bytes() == b"", "a repeat was not recognised"
 
@@ -364,11 +347,9 @@ def test_100_000_closed_segments_cost_a_start_less_than_a_second(start: Start) -
     best = {0: 60.0, 100_000: 60.0}  # of two starts, for others use the machine too
     for count in best:
         with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
-            signals = Path(memory, "signals")
-            signals.mkdir()
+            newest = left(Path(memory), lines, CLOSED.format(count))
             for number in range(count):
-                os.mknod(f"{signals}/{CLOSED.format(number)}")
-            (signals / CLOSED.format(count)).write_bytes(lines)
+                os.mknod(newest.with_name(CLOSED.format(number)))
             for _ in range(2):
                 began = time.monotonic()
                 receiver = start("--dedupe", "10", directory=Path(memory))
@@ -381,16 +362,9 @@ def test_100_000_closed_segments_cost_a_start_less_than_a_second(start: Start) -
 def test_a_start_on_a_large_log_reads_only_as_much_of_its_tail_as_it_needs(
     start: Start, tmp_path: Path, pair: Pair
 ) -> None:
-    path = tmp_path / "signals" / "current.jsonl"
-    path.parent.mkdir()
     payloads = [signal_payload(text="x" * 60) for _ in range(70_000)]
-    lines = b"".join(map(stored_line, payloads))
-    with path.open("wb") as file:
-        file.writelines([lines] * 10)
-        file.flush()
-        os.fsync(file.fileno())
-        # What was just written is in memory; a start after a boot finds it on disk.
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    path = left(tmp_path, b"".join(map(stored_line, payloads)) * 10)
+    run("sync", path)
     size = path.stat().st_size
     began = time.monotonic()
     receiver = start("--segment-bytes", str(1 << 40))
@@ -431,8 +405,7 @@ def test_a_second_server_on_the_same_directory_exits_with_status_2_and_touches_n
 
 
 HOLD_ALL = """
-import fcntl, os, sys
-os.setgroups([]); os.setgid(12345); os.setuid(65534)
+import fcntl, os, signal
 for name in [".", *os.listdir(".")]:
     try:
         held = os.open(name, os.O_RDONLY)
@@ -442,10 +415,11 @@ for name in [".", *os.listdir(".")]:
     except OSError as error:
         print(error)
 print("done", flush=True)
-sys.stdin.read()
+signal.pause()
 """
 
 
+@needs_programs("setpriv")
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
 def test_who_may_read_the_signals_cannot_keep_it_from_starting(start: Start, pair: Pair) -> None:
     receiver = start()
@@ -454,15 +428,9 @@ def test_who_may_read_the_signals_cannot_keep_it_from_starting(start: Start, pai
     for path in (receiver.signals, *receiver.signals.iterdir()):
         os.chown(path, 0, 12345)
     receiver.signals.chmod(0o750)
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD_ALL],
-        cwd=receiver.signals,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as other:
-        assert other.stdout
-        said = list(iter(other.stdout.readline, "done\n"))
+    other = ("setpriv", "--reuid=65534", "--regid=12345", "--clear-groups", sys.executable)
+    with running(*other, "-c", HOLD_ALL, cwd=receiver.signals) as (_, stdout, _):
+        said = list(iter(stdout.readline, "done\n"))
         assert "holds .\n" in said
         assert "holds current.jsonl\n" in said
         assert any(".lock" in line and "Permission denied" in line for line in said), said
