@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import stat
 import sys
 import tempfile
@@ -16,16 +17,11 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
-from disks import ids, left, refused_start, store, stored_line, traced
+from disks import ids, left, refused_start, store, stored_line, traced, wait_for_call
 from harness import ACCEPTED, Pair, Receiver, Start, bash, eventually, run, running, signal_payload
 from peers import at_once
 from tools import LIBFAKETIME, needs_faketime, needs_programs, needs_strace
 
-LINE = re.compile(
-    rb'\{"received_at":"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z)",'
-    rb'"instance":"([^"]+)","id":"([0-9a-f]{32})","signal":(.*)\}\n',
-    re.DOTALL,
-)
 HOUR = 3600.0
 
 
@@ -47,12 +43,13 @@ def test_a_line_is_as_the_contract_shows_it_and_there_when_its_answer_comes(
     before = time.time()
     store(receiver, pair, payload)
     after = time.time()
-    found = LINE.fullmatch(receiver.current.read_bytes())
-    assert found
-    received_at, *rest = found.groups()
-    assert rest == [b"my-app", b"4608e5dd557336d473ea291b770dab6a", payload]
-    when = datetime.fromisoformat(received_at.decode()).timestamp()
-    assert before - 0.001 <= when <= after + 0.001
+    line = receiver.current.read_bytes()
+    found = json.loads(line)
+    assert found["id"] == "4608e5dd557336d473ea291b770dab6a"
+    assert line == stored_line(payload, found["received_at"])
+    when = datetime.fromisoformat(found["received_at"])
+    assert found["received_at"] == f"{when:%Y-%m-%dT%H:%M:%S.%fZ}"
+    assert before - 0.001 <= when.timestamp() <= after + 0.001
     for each in [signal_payload() for _ in range(100)]:
         store(receiver, pair, each)
         assert receiver.current.read_bytes().endswith(b'"signal":' + each + b"}\n")
@@ -141,21 +138,18 @@ def test_an_answer_leaves_after_the_sync_of_its_line_and_of_each_directory_entry
     start: Start, tmp_path: Path, pair: Pair
 ) -> None:
     trace = tmp_path / "trace"
-    calls = "write,pwrite64,writev,fdatasync,fsync,sendto,sendmsg,rename,renameat,renameat2,openat"
-    receiver = start(
-        "--segment-bytes", "200", wrapper=traced(trace, "-e", f"trace={calls},mkdir,mkdirat")
-    )
+    calls = "trace=/^(write|pwrite|fdatasync|fsync|send|rename|openat|mkdir)"
+    receiver = start("--segment-bytes", "200", wrapper=traced(trace, "-e", calls))
     payloads = [signal_payload() for _ in range(4)]
     store(receiver, pair, *payloads)
     assert receiver.stop() == 0
-    eventually(lambda: "+++ exited" in trace.read_text(errors="replace").splitlines()[-1])
+    wait_for_call(trace, r"\+\+\+ exited.*\n\Z")
     events = trace.read_text(errors="replace").splitlines()
 
     def first(pattern: str, after: int = 0) -> int:
-        for at in range(after, len(events)):
-            if re.search(pattern, events[at]):
-                return at
-        raise AssertionError(f"no call matches {pattern!r} after line {after}")
+        found = [at for at in range(after, len(events)) if re.search(pattern, events[at])]
+        assert found, f"no call matches {pattern!r} after line {after}"
+        return found[0]
 
     made = first(r"mkdir\w*\(.*signals")
     assert first(rf"fsync\(\d+<{tmp_path}>", made) < first("200 OK", made)
@@ -395,11 +389,9 @@ def test_a_second_server_on_the_same_directory_exits_with_status_2_and_touches_n
     alias.symlink_to(receiver.signals)
     for way in (receiver.signals, alias):
         assert way.name in refused_start(tmp_path, way)
-    receiver.signal(19)  # SIGSTOP: it holds its directory all the same
-    try:
-        refused_start(tmp_path)
-    finally:
-        receiver.signal(18)
+    receiver.signal(signal.SIGSTOP)  # it holds its directory all the same
+    refused_start(tmp_path)
+    receiver.signal(signal.SIGCONT)
     assert receiver.current.read_bytes().endswith(b'{"half')
     store(receiver, pair, signal_payload())
 
