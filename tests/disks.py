@@ -122,7 +122,7 @@ def refused_start(
 ) -> str:
     """A start with the keys of `directory` must end with exit status 2; the one line it says."""
     options = ("--keys", directory / "keys", "--signals", signals or directory / "signals")
-    return one_clear_line(run(*wrapper, *COMMAND, *options, "--port", "0"))
+    return one_clear_line(*wrapper, *COMMAND, *options, "--port", "0")
 
 
 def stored_line(payload: bytes, received_at: str = "2031-05-06T12:00:00.000001Z") -> bytes:
