@@ -103,8 +103,10 @@ def wait_for_call(trace: Path, pattern: str) -> None:
     eventually(lambda: re.search(pattern, trace.read_text(errors="replace")), seconds=3)
 
 
-def traced(trace: Path, *options: str) -> tuple[str, ...]:
+def traced(trace: Path, *expressions: str, only: Path | None = None) -> tuple[str, ...]:
     """A wrapper for a receiver that is under strace(1) from its first call on."""
+    options = [option for each in expressions for option in ("-e", each)]
+    options += ["-P", str(only)] if only else []
     # -D: strace stands aside, and the receiver itself is our child.
     return ("strace", "-D", "-f", "-y", "-s", "4096", "-o", str(trace), *options)
 

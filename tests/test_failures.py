@@ -193,8 +193,8 @@ def test_a_start_that_cannot_sync_a_segment_or_open_the_lock_exits_with_status_2
         path.mkdir(parents=True)
     else:
         left(tmp_path, stored_line(signal_payload()), file)
-    fault = ("-P", str(path), "-e", "inject=fdatasync:error=EIO")
-    assert "signals" in refused_start(tmp_path, wrapper=traced(tmp_path / "trace", *fault))
+    wrapper = traced(tmp_path / "trace", "inject=fdatasync:error=EIO", only=path)
+    assert "signals" in refused_start(tmp_path, wrapper=wrapper)
 
 
 # --- A disk that fails -------------------------------------------------------------------------

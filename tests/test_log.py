@@ -125,7 +125,7 @@ def test_a_repeat_is_recognised_among_the_newest_of_all_instances_together(start
 def test_waiting_signals_of_fifty_instances_share_syncs(start: Start, tmp_path: Path) -> None:
     pairs = tuple(Pair(f"app-{number}") for number in range(50))
     trace = tmp_path / "trace"
-    receiver = start(pairs=pairs, wrapper=traced(trace, "-e", "trace=fdatasync"))
+    receiver = start(pairs=pairs, wrapper=traced(trace, "trace=fdatasync"))
     at_once(50, lambda n: store(receiver, pairs[n], *(signal_payload() for _ in range(4))))
     assert len(receiver.lines()) == 200
     syncs = trace.read_text().count("fdatasync(")
@@ -139,7 +139,7 @@ def test_an_answer_leaves_after_the_sync_of_its_line_and_of_each_directory_entry
 ) -> None:
     trace = tmp_path / "trace"
     calls = "trace=/^(write|pwrite|fdatasync|fsync|send|rename|openat|mkdir)"
-    receiver = start("--segment-bytes", "200", wrapper=traced(trace, "-e", calls))
+    receiver = start("--segment-bytes", "200", wrapper=traced(trace, calls))
     payloads = [signal_payload() for _ in range(4)]
     store(receiver, pair, *payloads)
     assert receiver.stop() == 0
@@ -301,15 +301,8 @@ def test_closed_segments_that_have_gone_or_cannot_be_read_are_passed_over_with_a
     gone, directory = (unreadable.with_name(CLOSED.format(number)) for number in (3, 4))
     gone.symlink_to("nothing")  # listed, and not there when it is opened
     directory.mkdir()
-    fault = (
-        "-P",
-        str(unreadable),
-        "-e",
-        "trace=pread64,read",
-        "-e",
-        "inject=pread64,read:error=EIO",
-    )
-    receiver = start(wrapper=traced(tmp_path / "trace", *fault))
+    faults = ("trace=pread64,read", "inject=pread64,read:error=EIO")
+    receiver = start(wrapper=traced(tmp_path / "trace", *faults, only=unreadable))
     for odd in (gone, directory, unreadable):
         receiver.wait_for_log(re.escape(odd.name), 2)
     store(receiver, pair, *payloads)
@@ -318,16 +311,13 @@ def test_closed_segments_that_have_gone_or_cannot_be_read_are_passed_over_with_a
 
 @needs_strace
 def test_a_start_lists_the_directory_once_and_reads_segments_from_the_disk_after_a_sync(
-    start: Start, tmp_path: Path, pair: Pair
+    start: Start, tmp_path: Path
 ) -> None:
-    first = start("--segment-bytes", "600")
-    store(first, pair, *(signal_payload() for _ in range(7)))
-    first.stop()
-    segments = [path for path in first.segments() if path.stat().st_size]
-    assert len(segments) >= 3
+    names = (CLOSED.format(1), CLOSED.format(2), "current.jsonl")
+    segments = [left(tmp_path, stored_line(signal_payload()), name) for name in names]
     trace = tmp_path / "trace"
     calls = "trace=getdents64,fdatasync,fadvise64,pread64,read"
-    start(wrapper=traced(trace, "-e", calls)).kill()
+    start(wrapper=traced(trace, calls)).kill()
     events = trace.read_text(errors="replace").splitlines()
     assert sum(bool(re.search(r"getdents64\(.*/signals>.* = 0$", each)) for each in events) == 1
     for path in segments:
