@@ -430,13 +430,14 @@ def test_a_stop_while_the_disk_hangs_takes_less_than_10_seconds(kept: Kept, tmp_
 # --- Strangers in the directory ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "way", ["renamed", "removed", "emptied", "replaced", "copied", "cut", "cut to nothing"]
-)
+WAYS = ("renamed", "removed", "emptied", "replaced", "copied", "with its directory")
+
+
+@pytest.mark.parametrize("way", [*WAYS, "cut", "cut to nothing"])
 def test_a_segment_that_someone_took_away_is_not_written_to_and_one_that_was_cut_gets_no_hole(
     kept: Kept, tmp_path: Path, way: str
 ) -> None:
-    receiver, current, moved = kept.receiver, kept.receiver.current, tmp_path / "current.jsonl.1"
+    receiver, current, moved = kept.receiver, kept.receiver.current, tmp_path / "moved"
     second, theirs, *fresh = (signal_payload() for _ in range(5))
     store(receiver, kept.pair, second)
     whole = current.read_bytes()
@@ -451,6 +452,9 @@ def test_a_segment_that_someone_took_away_is_not_written_to_and_one_that_was_cut
     with current.open("rb") as old:
         if way.startswith("cut"):
             os.truncate(current, len(content))
+        elif way == "with its directory":
+            receiver.signals.rename(moved)
+            receiver.signals.mkdir()
         else:
             current.rename(moved)
             if way == "removed":
@@ -483,13 +487,3 @@ def test_a_file_with_an_impossible_time_in_its_name_does_no_harm(
     ends_well(receiver)
     assert sorted(receiver.ids()) == sorted(ids(*payloads))
     assert stray.stat().st_size == 0
-
-
-def test_a_directory_put_in_the_old_ones_place_is_used_from_the_next_signal_on(kept: Kept) -> None:
-    receiver, fresh = kept.receiver, signal_payload()
-    aside = receiver.directory / "aside"
-    receiver.signals.rename(aside)
-    receiver.signals.mkdir()
-    store(receiver, kept.pair, fresh)
-    assert receiver.ids() == ids(fresh)
-    assert (aside / "current.jsonl").read_bytes() == kept.bytes
