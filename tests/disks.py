@@ -66,13 +66,19 @@ def fill(where: Path, leave: int) -> Path:
     return ballast
 
 
+def _strace(trace: Path, *options: str) -> list[str]:
+    if shutil.which("strace") is None:
+        pytest.skip("needs Debian's strace")
+    return ["strace", "-f", "-y", "-o", str(trace), *options]
+
+
 @contextmanager
 def injected(receiver: Receiver, trace: Path, *faults: str, only: str = "") -> Iterator[Path]:
     """System calls of the running receiver fail as strace(1)'s `inject` says; see `trace`.
 
     `only`: those on these files of the log. `when` is counted in each thread.
     """
-    command = ["strace", "-f", "-y", "-o", str(trace), "-p", str(receiver.process.pid)]
+    command = _strace(trace, "-p", str(receiver.process.pid))
     for fault in faults:
         command += ["-e", f"inject={fault}"]
     for name in only.split():
@@ -105,10 +111,10 @@ def wait_for_call(trace: Path, pattern: str) -> None:
 
 def traced(trace: Path, *expressions: str, only: Path | None = None) -> tuple[str, ...]:
     """A wrapper for a receiver that is under strace(1) from its first call on."""
-    options = [option for each in expressions for option in ("-e", each)]
-    options += ["-P", str(only)] if only else []
-    # -D: strace stands aside, and the receiver itself is our child.
-    return ("strace", "-D", "-f", "-y", "-s", "4096", "-o", str(trace), *options)
+    command = _strace(trace, "-D", "-s", "4096")  # -D: the receiver itself is our child
+    for each in expressions:
+        command += ["-e", each]
+    return (*command, *(["-P", str(only)] if only else []))
 
 
 def left(directory: Path, content: bytes, name: str = "current.jsonl") -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import resource
-import shutil
 import signal
 import socket
 import threading
@@ -32,7 +31,6 @@ from disks import (
 )
 from harness import Answer, Pair, Receiver, Start, eventually, run, signal_payload
 from load import Load, balance
-from tools import needs_strace
 from wire import Wire, ask, post_bytes, request_bytes
 
 MEGABYTE = 1 << 20
@@ -182,7 +180,6 @@ def test_a_start_on_a_full_disk_starts_and_says_so_and_stores_when_there_is_spac
         assert receiver.stop() == 0
 
 
-@needs_strace
 @pytest.mark.parametrize("file", [*SEGMENTS, ".lock"])
 def test_a_start_that_cannot_sync_a_segment_or_open_the_lock_exits_with_status_2(
     tmp_path: Path, pair: Pair, file: str
@@ -248,9 +245,7 @@ def trouble(kind: str, receiver: Receiver) -> Iterator[None]:
             run("bash", "-ec", end, cwd=receiver.directory).check_returncode()
 
 
-@pytest.mark.parametrize(
-    "kind", [*(pytest.param(each, marks=needs_strace) for each in FAULTS), TOO_LARGE, *OBSTACLES]
-)
+@pytest.mark.parametrize("kind", [*FAULTS, TOO_LARGE, *OBSTACLES])
 def test_while_nothing_can_be_stored_it_says_so_and_serves_the_rest_and_then_a_new_segment_is_used(
     kept: Kept, kind: str
 ) -> None:
@@ -273,7 +268,6 @@ def test_while_nothing_can_be_stored_it_says_so_and_serves_the_rest_and_then_a_n
             assert "signals" in refused_start(receiver.directory)
 
 
-@needs_strace
 def test_after_one_failure_status_is_503_until_a_trial_half_a_second_later(kept: Kept) -> None:
     receiver = kept.receiver
     fault = "fdatasync:error=EIO:when=1"
@@ -299,7 +293,6 @@ def test_a_short_write_is_cut_back_at_once_and_the_next_file_takes_what_comes(ke
     recovers(receiver)
 
 
-@needs_strace
 def test_a_closing_that_is_due_and_cannot_rename_leaves_the_segment_open_and_storing(
     start: Start, pair: Pair, tmp_path: Path
 ) -> None:
@@ -324,8 +317,6 @@ def test_a_closing_that_is_due_and_cannot_rename_leaves_the_segment_open_and_sto
 @pytest.fixture(scope="module")
 def hanging(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
     """A receiver whose disk hangs in the middle of a batch; shared, for that takes its time."""
-    if shutil.which("strace") is None:
-        pytest.skip("needs Debian's strace")
     directory, pair = tmp_path_factory.mktemp("hanging"), Pair("my-app")
     options = ("--console", "0", "--timeout", "2", "--keepalive", "2")
     manager = {"NOTIFY_SOCKET": str(directory / "notify"), "WATCHDOG_USEC": "2000000"}
@@ -412,7 +403,6 @@ def test_what_has_been_stored_does_not_wait_any_more(receiver: Receiver, pair: P
     store(receiver, pair, *(signal_payload(text="x" * 1_040_000) for _ in range(66)))
 
 
-@needs_strace
 def test_a_stop_while_the_disk_hangs_takes_less_than_10_seconds(kept: Kept, tmp_path: Path) -> None:
     receiver = kept.receiver
     with injected(receiver, tmp_path / "t", "fdatasync:delay_enter=40000000") as trace:

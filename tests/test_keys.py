@@ -123,9 +123,7 @@ def lasting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Receiver]:
 
 
 @pytest.mark.parametrize("case", FAULTY)
-def test_faulty_keys_are_refused_by_name_and_the_old_stay_until_they_are_mended(
-    lasting: Receiver, case: str
-) -> None:
+def test_faulty_keys_are_refused_by_name_and_the_old_stay(lasting: Receiver, case: str) -> None:
     files, named = FAULTY[case]
     keys, newcomer = lasting.keys, Pair("newcomer")
     shutil.rmtree(keys)
@@ -210,9 +208,7 @@ def test_sighup_takes_instances_in_and_out_and_renews_pairs_and_knows_repeats(st
 # --- What the log shows of keys ---------------------------------------------------------------
 
 
-def test_of_public_keys_six_digits_are_logged_and_of_a_swapped_pair_its_name_but_never_a_key(
-    start: Start,
-) -> None:
+def test_the_log_shows_six_digits_of_public_keys_and_swapped_pairs_but_no_key(start: Start) -> None:
     own, stranger = (Pair("one"), Pair("two@a"), Pair("two@b")), Pair("stranger")
     receiver = start("--access-log", pairs=own)
     one, body = own[0], signal_payload()

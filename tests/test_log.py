@@ -21,7 +21,7 @@ import pytest
 from disks import ids, left, refused_start, store, stored_line, traced, wait_for_call
 from harness import ACCEPTED, Pair, Receiver, Start, bash, eventually, run, signal_payload
 from peers import at_once
-from tools import LIBFAKETIME, needs_faketime, needs_strace
+from tools import LIBFAKETIME, needs_faketime
 
 HOUR = 3600.0
 
@@ -33,9 +33,7 @@ def closed_at(path: Path) -> datetime:
 # --- The line ---------------------------------------------------------------------------------
 
 
-def test_a_line_is_as_the_contract_shows_it_and_there_when_its_answer_comes(
-    receiver: Receiver, pair: Pair
-) -> None:
+def test_a_line_is_as_promised_and_there_with_its_answer(receiver: Receiver, pair: Pair) -> None:
     payload = (  # the protocol's signal, and the contract's id of it
         b'{"service":"My Service","type":"re.notifica.event.notification.Open","data":'
         b'{"id":"54ac46e8d2f5b1c2a2e39ca0","deviceID":"09260d8b1de06f3a948c516a",'
@@ -57,9 +55,7 @@ def test_a_line_is_as_the_contract_shows_it_and_there_when_its_answer_comes(
 
 
 @pytest.mark.parametrize("umask", ["000", "077"])
-def test_segments_have_mode_0640_and_the_lock_0600_whatever_the_umask(
-    start: Start, pair: Pair, umask: str
-) -> None:
+def test_segments_have_mode_0640_whatever_the_umask(start: Start, pair: Pair, umask: str) -> None:
     receiver = start("--segment-bytes", "400", wrapper=bash(f'umask {umask}; exec "$@"'))
     store(receiver, pair, *(signal_payload() for _ in range(5)))
     receiver.stop()
@@ -122,7 +118,6 @@ def test_a_repeat_is_recognised_among_the_newest_of_all_instances_together(start
 # --- Batches ----------------------------------------------------------------------------------
 
 
-@needs_strace
 def test_waiting_signals_of_fifty_instances_share_syncs(start: Start, tmp_path: Path) -> None:
     pairs = tuple(Pair(f"app-{number}") for number in range(50))
     trace = tmp_path / "trace"
@@ -134,7 +129,6 @@ def test_waiting_signals_of_fifty_instances_share_syncs(start: Start, tmp_path: 
     assert 0 < syncs < 100
 
 
-@needs_strace
 def test_an_answer_leaves_after_the_sync_of_its_line_and_of_each_directory_entry_it_needs(
     start: Start, tmp_path: Path, pair: Pair
 ) -> None:
@@ -291,7 +285,6 @@ def test_a_torn_tail_is_cut_off_at_the_start_and_damage_elsewhere_is_kept_and_bo
 CLOSED = "20310506T120000.{:06}Z.jsonl"
 
 
-@needs_strace
 def test_closed_segments_that_have_gone_or_cannot_be_read_are_passed_over_with_a_warning(
     start: Start, tmp_path: Path, pair: Pair
 ) -> None:
@@ -310,7 +303,6 @@ def test_closed_segments_that_have_gone_or_cannot_be_read_are_passed_over_with_a
     assert receiver.current.read_bytes() == b"", "a repeat was not recognised"
 
 
-@needs_strace
 def test_a_start_lists_the_directory_once_and_reads_segments_from_the_disk_after_a_sync(
     start: Start, tmp_path: Path
 ) -> None:
