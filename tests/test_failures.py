@@ -436,7 +436,6 @@ def test_a_segment_that_someone_took_away_is_not_written_to_and_one_that_was_cut
         "replaced": (stored_line(theirs) + b'{"half', [theirs]),
         "copied": (whole, [kept.payload, second]),  # as some editors do
         "cut": (whole[: len(kept.bytes) + 50], [kept.payload]),  # in its second line
-        "cut to nothing": (b"", []),
     }
     content, found = there.get(way, (b"", []))
     with current.open("rb") as old:

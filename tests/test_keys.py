@@ -224,16 +224,14 @@ def test_the_log_shows_six_digits_of_public_keys_and_swapped_pairs_but_no_key(st
     reload(receiver, r"one\.public")
     assert receiver.stop() == 0
     text = "\n".join(receiver.log)
+    digits = {
+        pair: hashlib.sha256(pair.public.encode()).hexdigest()[:6] for pair in (*own, stranger)
+    }
     for pair in own:
-        assert re.search(rf"{pair.name[:3]}.*\b{fingerprint(pair)}\b", text)
+        assert re.search(rf"{pair.name[:3]}.*\b{digits[pair]}\b", text)
         assert pair.public[:16] not in text
         assert pair.private[:16] not in text
     assert stranger.public[:16] not in text
     # For Verify and for a signal.
-    assert len(re.findall(rf"\b{fingerprint(stranger)}\b", text)) == 2
+    assert len(re.findall(rf"\b{digits[stranger]}\b", text)) == 2
     assert len(re.findall("(?i)one.*swap", text)) == 2
-
-
-def fingerprint(pair: Pair) -> str:
-    """What the log shows of a public key."""
-    return hashlib.sha256(pair.public.encode()).hexdigest()[:6]
