@@ -5,8 +5,6 @@ its section and the statuses that may answer it. ACCEPTED holds what is unusual 
 Every POST is rightly signed, so that one that slips through is answered with 200 and stored.
 """
 
-from __future__ import annotations
-
 import io
 import random
 import re

@@ -1,7 +1,5 @@
 """Disks of a test's own: small, full, failing, hanging; what is put on them, and what is there."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Drive the real receiver: make keys, start the program, play the Live API's side, read the log."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import hmac
@@ -48,7 +46,7 @@ class Pair:
     public: str = field(default_factory=lambda: secrets.token_hex(32))
     private: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
 
-    def write(self, directory: Path) -> Pair:
+    def write(self, directory: Path) -> "Pair":
         directory.mkdir(parents=True, exist_ok=True)
         (directory / f"{self.name}.public").write_text(self.public + "\n")
         secret = directory / f"{self.name}.private"

@@ -1,7 +1,5 @@
 """A load of signals that are sent until each is acknowledged, and what the log holds of it."""
 
-from __future__ import annotations
-
 import http.client
 import itertools
 import json
@@ -37,7 +35,7 @@ class Load:
     finishing: bool = False
     aborting: bool = False
 
-    def __enter__(self) -> Load:
+    def __enter__(self) -> "Load":
         pool = ThreadPoolExecutor(self.connections)
         self.threads = [pool.submit(self._send, number) for number in range(self.connections)]
         return self

@@ -1,7 +1,5 @@
 """The examples on the pages, which tests run as they stand there."""
 
-from __future__ import annotations
-
 import re
 import textwrap
 

@@ -1,7 +1,5 @@
 """Who else there is: a certificate, a second party's endpoint to point `check` at, a crowd."""
 
-from __future__ import annotations
-
 import datetime
 import hmac
 import http.server

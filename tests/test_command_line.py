@@ -1,7 +1,5 @@
 """The command line: options and defaults, mistakes, what starts and how it ends, check, demo."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """The console listener, without a browser: whom it answers, the stream, the figures."""
 
-from __future__ import annotations
-
 import json
 import re
 import socket
@@ -27,7 +25,6 @@ from harness import (
     signal_payload,
     within,
 )
-from tools import needs_strace
 from wire import Wire, request_bytes
 
 METRICS = re.findall(r"^\| `(liveapi_\w+)", (ROOT / "docs/alerts.md").read_text(), re.MULTILINE)
@@ -176,7 +173,6 @@ def test_the_stream_follows_over_closed_segments_and_a_replaced_one(watch: Watch
     assert len(receiver.closed_segments()) >= 4
 
 
-@needs_strace
 def test_the_stream_shows_only_what_is_synced(watched: Watched, tmp_path: Path) -> None:
     receiver, payload = watched.receiver, signal_payload()
     watched.post(signal_payload())
@@ -192,7 +188,6 @@ def test_the_stream_shows_only_what_is_synced(watched: Watched, tmp_path: Path) 
         poster.join()
 
 
-@needs_strace
 def test_a_line_that_is_cut_off_is_not_shown_though_it_was_there_for_a_while(
     watched: Watched, tmp_path: Path
 ) -> None:

@@ -1,7 +1,5 @@
 """Full, failing and hanging disks, and strangers in the directory: made to happen."""
 
-from __future__ import annotations
-
 import os
 import re
 import resource

@@ -1,7 +1,5 @@
 """Keys: which files make an instance, what is refused or warned about, and what a reload does."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

@@ -1,7 +1,5 @@
 """Life of the process: its end, its reload, the service manager, and what it says on its log."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re

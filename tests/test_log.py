@@ -3,8 +3,6 @@
 What is JSON, and how it is stored: test_requests.py. When the disk fails: test_failures.py.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

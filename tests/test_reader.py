@@ -3,8 +3,6 @@
 That it refuses what is malformed or ambiguous is seen over sockets, in test_requests.py.
 """
 
-from __future__ import annotations
-
 import io
 
 import pytest

@@ -4,8 +4,6 @@ Examples marked `<!-- tested: NAME -->` are run as they stand, but for paths, po
 blocks of the service's pages are run by tests/system, the proxies' by tests/proxies.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

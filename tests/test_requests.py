@@ -3,8 +3,6 @@
 The corpus goes over a socket whole. How the reader reads a right request is test_reader.py's.
 """
 
-from __future__ import annotations
-
 import ast
 import base64
 import itertools
@@ -42,7 +40,6 @@ from hypothesis import strategies as st
 from joserfc import jwe
 from joserfc.jwk import OctKey
 from peers import content_key, stored_ids, stored_text
-from tools import needs_strace
 from wire import Wire, ask, post_bytes, request_bytes
 
 from liveapi_server import Instance
@@ -215,7 +212,6 @@ def test_the_protocols_signal_is_accepted_and_stored(
     assert stored(receiver, SIGNAL) == SIGNAL
 
 
-@needs_strace
 @pytest.mark.parametrize(
     ("fault", "status"), [("delay_enter=1200000", 200), ("error=EIO:delay_enter=1200000", 503)]
 )

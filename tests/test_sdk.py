@@ -3,8 +3,6 @@
 Run: npm install --no-save notificare-live-api-node; .venv/bin/pytest tests/test_sdk.py
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """HTTPS, with certificates made on the spot."""
 
-from __future__ import annotations
-
 import signal
 import socket
 import ssl

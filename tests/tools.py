@@ -4,8 +4,6 @@ Debian's packages by their names; npm's are looked for in `node_modules` beside 
 or where LIVEAPI_NODE_MODULES says: npm install --no-save notificare-live-api-node jose
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path
@@ -24,9 +22,6 @@ MODULES = Path(os.environ.get("LIVEAPI_NODE_MODULES", ROOT / "node_modules"))
 def needs_programs(*names: str) -> Any:
     missing = [each for each in names if shutil.which(each) is None]
     return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}")
-
-
-needs_strace = needs_programs("strace")
 
 
 def needs(package: str) -> Any:

@@ -1,7 +1,5 @@
 """Talk HTTP/1.1 to the receiver byte by byte, and read its answers as strictly as it reads ours."""
 
-from __future__ import annotations
-
 import re
 import socket
 import ssl

@@ -4,8 +4,6 @@ Run: .venv/bin/pytest tests/abuse
 Or with full counts, and the figures of each run: LIVEAPI_FULL=1 .venv/bin/pytest -s tests/abuse
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random
@@ -31,7 +29,7 @@ from disks import injected, stored_line
 from harness import ACCEPTED, Pair, Receiver, Start, eventually, payload_id, signal_payload, within
 from load import Load, balance
 from peers import Certificate, at_once
-from tools import needs_programs, needs_strace
+from tools import needs_programs
 from wire import Wire, ask, post_bytes, request_bytes
 
 FULL = os.environ.get("LIVEAPI_FULL") == "1"
@@ -418,7 +416,6 @@ def test_what_is_acknowledged_is_stored_once_when_clients_push_each_other_out(ca
     print(balance(load, receiver.signals))
 
 
-@needs_strace
 @pytest.mark.parametrize("slow", ["", "sendto", "fdatasync", "close", "shutdown", "recvfrom"])
 def test_where_descriptors_are_used_again_at_once_nobody_gets_anothers_answer(
     calm: Start, tmp_path: Path, slow: str
@@ -539,7 +536,6 @@ def test_idle_it_takes_40_mib_at_most_with_512_clients_and_a_full_window_80(calm
         assert witness.memory(peak=True) <= 80
 
 
-@needs_strace
 def test_large_signals_that_wait_for_a_disk_that_hangs_take_at_most_400_mib(
     calm: Start, tmp_path: Path
 ) -> None:

@@ -1,7 +1,5 @@
 """Where the peers live: a cache directory with a venv, node_modules and a Go program of its own."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

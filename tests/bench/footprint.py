@@ -1,7 +1,5 @@
 """What the receiver takes apart from the rate: start, memory, idle time, disk."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from pathlib import Path

@@ -7,8 +7,6 @@ kernel does is told by system call. Calls are counted by the kernel's tracepoint
 receiver far less than strace would.
 """
 
-from __future__ import annotations
-
 import re
 import signal
 import subprocess

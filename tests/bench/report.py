@@ -1,7 +1,5 @@
 """The figures as Markdown: the README's table, the long tables, and the goals."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterable
 from typing import Any

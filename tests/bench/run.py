@@ -4,8 +4,6 @@ README.md in this directory says what is measured and how. Prints Markdown, and 
 results/ with a JSON file of every figure.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import shutil

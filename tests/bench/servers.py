@@ -1,7 +1,5 @@
 """The receiver and its peers as processes: start, what they cost, stop."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

@@ -1,7 +1,5 @@
 """Send signals, and check afterwards that what was acknowledged is in the log."""
 
-from __future__ import annotations
-
 import json
 import os
 import secrets
@@ -52,7 +50,7 @@ class Pool:
     pairs: list[Pair]  # the signals go to them in turn
 
     @classmethod
-    def make(cls, path: Path, pairs: list[Pair], seconds: int) -> Pool:
+    def make(cls, path: Path, pairs: list[Pair], seconds: int) -> "Pool":
         """As many as any server takes in these seconds."""
         with path.open("wb") as out:
             for number in range(FASTEST * seconds):

@@ -1,7 +1,5 @@
 """A real Chromium, and the console of a real receiver in it."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable, Iterator
 

@@ -1,7 +1,5 @@
 """The console as a person has it before them, in a real Chromium."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from contextlib import closing
@@ -25,7 +23,7 @@ class Page:
         self.receiver, self.pair = receiver, pair
         self.excused: tuple[str, ...] = ()  # what may stand in the browser's console
 
-    def open(self, size: tuple[int, int] = WIDE, dark: bool = False, zone: str = "UTC") -> Page:
+    def open(self, size: tuple[int, int] = WIDE, dark: bool = False, zone: str = "UTC") -> "Page":
         metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1}
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         for command, options in (

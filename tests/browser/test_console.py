@@ -1,7 +1,5 @@
 """The console's page in a real Chromium: what an operator sees, and what strangers cannot do."""
 
-from __future__ import annotations
-
 import json
 import re
 import signal

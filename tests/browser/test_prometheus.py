@@ -1,7 +1,5 @@
 """Prometheus' own tool takes the metrics, and the alert rules that docs/alerts.md gives."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

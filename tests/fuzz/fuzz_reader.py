@@ -7,8 +7,6 @@ Each input is read whole and in pieces; check_reading says what must hold. The o
 libFuzzer's.
 """
 
-from __future__ import annotations
-
 import random
 import sys
 import tempfile

@@ -5,8 +5,6 @@ Or with a million requests in all: LIVEAPI_FULL=1 .venv/bin/pytest tests/fuzz
 fuzz_reader.py is guided by coverage.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import random

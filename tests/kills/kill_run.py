@@ -8,8 +8,6 @@ stored that was never sent, every line that a reader saw before a kill is there 
 was time for a few kills.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import os

@@ -1,7 +1,5 @@
 """What was acknowledged is in the log exactly once, whatever ends the process: see kill_run.py."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from kill_run import SEED, kill_run

@@ -5,8 +5,6 @@ a power loss leaves: a file's bytes are safe after its sync, a name after the di
 the two the disk may have kept anything from nothing to all, in the order in which it was done.
 """
 
-from __future__ import annotations
-
 import copy
 import errno
 import functools
@@ -226,7 +224,7 @@ class PaperDisk:
 
     # What happens to the machine
 
-    def crashed(self) -> PaperDisk:
+    def crashed(self) -> "PaperDisk":
         """The program was killed: the kernel has all of it, and none of it is safer for that."""
         left = PaperDisk(self.now)
         kept = copy.deepcopy((self.seen, self.safe, self.unsynced))
@@ -235,7 +233,9 @@ class PaperDisk:
             inode.failed = inode.doubtful = False  # the next program cannot know
         return left
 
-    def after_power_loss(self, moves: int = 0, kept: dict[Inode, bytes] | None = None) -> PaperDisk:
+    def after_power_loss(
+        self, moves: int = 0, kept: dict[Inode, bytes] | None = None
+    ) -> "PaperDisk":
         """`moves` changes of the directory are left, and of files what is `kept`, or safe."""
         left = PaperDisk(self.now)
         for name, inode in moved(self.safe, *self.unsynced[:moves]).items():
@@ -244,7 +244,7 @@ class PaperDisk:
         left.safe = dict(left.seen)
         return left
 
-    def every_power_loss(self) -> Iterator[PaperDisk]:
+    def every_power_loss(self) -> Iterator["PaperDisk"]:
         there = [*self.safe.values(), *(inode for *_, inode in self.unsynced)]
         files = {inode: inode.after_power_loss() for inode in there if inode.unsynced}
         for moves in range(len(self.unsynced) + 1):

@@ -9,8 +9,6 @@ Run by `pytest` with 150 random examples; with LIVEAPI_FULL=1 it is 3,000, and a
 Real file systems: test_real_power_loss.py.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 from collections import Counter

@@ -3,8 +3,6 @@
 Run by `pytest` with 4 losses on each file system; with LIVEAPI_FULL=1 it is 90.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

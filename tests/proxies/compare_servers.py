@@ -9,8 +9,6 @@ server refuses, or one does not start. The others run an application that reads 
 200. What the RFC demands though others refuse it is listed with the reason, and not counted.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 import socket

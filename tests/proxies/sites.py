@@ -1,7 +1,5 @@
 """Real proxies before a receiver: their configurations, and a tap that sees what they send on."""
 
-from __future__ import annotations
-
 import shutil
 import socket
 import ssl

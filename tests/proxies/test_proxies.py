@@ -7,8 +7,6 @@ a test is about. Between proxy and receiver stands a tap that keeps what the pro
 test can tell how a request came: which version, chunked or not, over how many connections.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

@@ -7,8 +7,6 @@ is what a later run goes on from. Without `--follow` it counts what is there and
 it looks for new segments every minute. A count comes in parts, one a batch: sum them up.
 """
 
-from __future__ import annotations
-
 import argparse
 
 from pyspark.sql import DataFrame, SparkSession

@@ -1,7 +1,5 @@
 """Real receivers behind a real HAProxy that runs haproxy.cfg. How to run it: README.md here."""
 
-from __future__ import annotations
-
 import csv
 import signal
 import socket

@@ -1,7 +1,5 @@
 """DuckDB and Spark over the logs of real receivers. How to run it: README.md here."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

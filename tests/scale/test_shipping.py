@@ -1,7 +1,5 @@
 """rsyslog follows a real receiver's log; PostgreSQL takes its segments. How to run: README.md."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

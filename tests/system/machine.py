@@ -1,7 +1,5 @@
 """A fresh Debian, made with debootstrap and booted with systemd-nspawn."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -3,8 +3,6 @@
 Run as root: pytest tests/system     (needs Debian's debootstrap and systemd-container)
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
