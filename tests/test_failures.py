@@ -327,11 +327,14 @@ def hanging(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
             kept.notices.append(told)
 
     threading.Thread(target=listen, daemon=True).start()
-    with injected(receiver, directory / "t", "fdatasync:delay_enter=90000000") as trace:
-        post_and_forget(receiver, pair, signal_payload())
-        wait_for_call(trace, r"fdatasync\(")
-        yield kept
-        receiver.process.kill()
+    try:
+        with injected(receiver, directory / "t", "fdatasync:delay_enter=90000000") as trace:
+            post_and_forget(receiver, pair, signal_payload())
+            wait_for_call(trace, r"fdatasync\(")
+            yield kept
+            receiver.process.kill()
+    finally:
+        receiver.kill()
 
 
 def post_and_forget(receiver: Receiver, pair: Pair, payload: bytes) -> list[int]:
