@@ -131,6 +131,8 @@ MISSING = json_answer(400, message="missing parameters")
 UNKNOWN_KEY = json_answer(400, error="invalid public key")
 WRONG_SIGNATURE = json_answer(400, error="invalid signature")
 CANNOT_STORE = json_answer(503, error="cannot store signals now")
+STATUS_OK = json_answer(200, status="ok")
+STATUS_UNAVAILABLE = json_answer(503, status="unavailable")
 
 
 class Refusal(Exception):
@@ -460,8 +462,7 @@ BATCH_BYTES = 8 << 20  # written at once, for the write needs a copy
 FLOOR_BYTES = 1 << 20  # a disk with less room is full
 RETRY_SECONDS = 1.0  # between two tries to store again
 STALL_SECONDS = 10.0  # a disk that takes longer for a commit cannot store signals
-DAY = 86400  # seconds
-NEW = os.O_CREAT | os.O_NOFOLLOW  # to open a file that is made if missing
+NEW, DAY = os.O_CREAT | os.O_NOFOLLOW, 86400  # flags for a file that may be missing; seconds
 Waiter = Callable[[bool], None]  # called by the thread that commits: is it stored?
 
 
@@ -1081,8 +1082,7 @@ class SignalHandler(StrictHandler):
     def do_GET(self) -> None:
         """A Verify: the challenge, signed; or whether signals can be stored."""
         if self.path == "/status":
-            code, status = (503, "unavailable") if self.server.signal_log.trouble else (200, "ok")
-            self.answer(json_answer(code, status=status))
+            self.answer(STATUS_UNAVAILABLE if self.server.signal_log.trouble else STATUS_OK)
             return
         try:
             sent = parse_qs(self.head.query, True, errors="strict", max_num_fields=QUERY_PARAMETERS)
