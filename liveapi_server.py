@@ -462,7 +462,8 @@ BATCH_BYTES = 8 << 20  # written at once, for the write needs a copy
 FLOOR_BYTES = 1 << 20  # a disk with less room is full
 RETRY_SECONDS = 1.0  # between two tries to store again
 STALL_SECONDS = 10.0  # a disk that takes longer for a commit cannot store signals
-NEW, DAY = os.O_CREAT | os.O_NOFOLLOW, 86400  # flags for a file that may be missing; seconds
+DAY = 86400  # seconds
+NEW = os.O_CREAT | os.O_NOFOLLOW  # to open a file that is made if missing
 Waiter = Callable[[bool], None]  # called by the thread that commits: is it stored?
 
 
@@ -1045,7 +1046,7 @@ class StrictHandler(BaseHTTPRequestHandler):
         if self.server.settings.access_log:
             client, size = self.client_address[0], len(answer.body)
             log.info('%s "%s %s" %d %d', client, self.command, self.path, answer.status, size)
-        self.closing = self.close_connection = self.close_connection or bool(self.server.stopping)
+        self.closing = self.close_connection = self.close_connection or self.server.stopping
         return render(answer, self.closing, self.command != "HEAD", int(time.time()))
 
     def finish(self) -> None:
@@ -1145,12 +1146,11 @@ class SignalHandler(StrictHandler):
         key = self.head.fields.get(PUBLIC_KEY)
         if not key or not asked:
             raise Refusal(MISSING, "missing parameters")
-        instances = self.server.instances
         # A dictionary hashes the whole key: it takes as long wherever two keys differ.
-        if instance := instances.get(key):
-            self.instance = instance
-            return instance
-        for own in instances.values():
+        self.instance = self.server.instances.get(key)
+        if self.instance:
+            return self.instance
+        for own in self.server.instances.values():
             if hmac.compare_digest(key, own.private_key):
                 raise Refusal(UNKNOWN_KEY, f"the private key of {own.name} as public key: swapped?")
         digest = hashlib.sha256(key).hexdigest()  # tells keys apart without showing them
@@ -1640,7 +1640,7 @@ class LiveAPI:
     def __init__(self, url: str, *, insecure: bool = False) -> None:
         try:
             parts = urlsplit(url)
-            host, _ = parts.netloc.encode("idna").decode(), parts.port  # either may be none
+            host, _ = parts.netloc.encode("idna").decode(), parts.port  # ValueError
             if not parts.hostname or not re.fullmatch("(?i)https?://[!-~]+", url):
                 raise ValueError
         except ValueError:
