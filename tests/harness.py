@@ -18,6 +18,7 @@ from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPSConnection
 from pathlib import Path
+from signal import SIGSTOP
 from subprocess import DEVNULL, PIPE, CompletedProcess, Popen
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -223,6 +224,17 @@ class Receiver:
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
+
+    def pause(self) -> None:
+        """Stop it until it gets a SIGCONT. The signal stops one thread, which stops the others."""
+        self.signal(SIGSTOP)
+        threads = Path("/proc", str(self.process.pid), "task")
+
+        def has_stopped() -> bool:
+            states = [thread.read_text() for thread in threads.glob("*/stat")]
+            return {state.rpartition(")")[2].split()[0] for state in states} == {"T"}
+
+        eventually(has_stopped)
 
     def stop(self, number: int = 15) -> int:
         """Ask it to end, and give its exit status; the log is whole then."""

@@ -370,7 +370,7 @@ def test_a_second_server_on_the_same_directory_exits_with_status_2_and_touches_n
     alias.symlink_to(receiver.signals)
     for way in (receiver.signals, alias):
         assert way.name in refused_start(tmp_path, way)
-    receiver.signal(signal.SIGSTOP)  # it holds its directory all the same
+    receiver.pause()  # it holds its directory all the same
     refused_start(tmp_path)
     receiver.signal(signal.SIGCONT)
     assert receiver.current.read_bytes().endswith(b'{"half')

@@ -64,8 +64,7 @@ def kill_run(directory: Path, kills: int, seconds: float = math.inf) -> tuple[in
                     hasty.kill()
                 receiver = Receiver(directory, *OPTIONS, pairs=pairs, port=port)
                 whole = seen[: seen.rfind(b"\n") + 1]
-                receiver.signal(signal.SIGSTOP)  # else it could close a segment meanwhile
-                time.sleep(0.01)
+                receiver.pause()  # else it could close a segment meanwhile
                 found = log_since(receiver, first)
                 receiver.signal(signal.SIGCONT)
                 assert found.startswith(whole), "a whole line has gone"

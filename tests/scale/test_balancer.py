@@ -152,7 +152,7 @@ def test_a_receiver_that_is_down_costs_no_sender_an_error(fleet: Fleet) -> None:
 
 def test_a_signal_in_flight_to_a_receiver_that_hangs_goes_to_another(fleet: Fleet) -> None:
     stopped = fleet.running["c"]
-    stopped.signal(signal.SIGSTOP)
+    stopped.pause()
     sent = [signal_payload() for _ in range(40)]
 
     def send(number: int) -> int:
