@@ -921,8 +921,8 @@ class Server(socketserver.BaseServer):
             for each in self.handlers:
                 if each.deadline <= now:
                     each.late = True  # a request still gets its 408, unless that is late, too
-                    hope = now < each.deadline + LINGER_SECONDS
-                    each.shut(socket.SHUT_RD if hope else socket.SHUT_RDWR)
+                    gentle = each.state == "request" and now < each.deadline + LINGER_SECONDS
+                    each.shut(socket.SHUT_RD if gentle else socket.SHUT_RDWR)
                 elif self.ending and each.state == "idle" and now > each.since + GRACE_SECONDS:
                     each.shut(socket.SHUT_RD)  # what has come can still be read
 
