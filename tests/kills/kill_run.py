@@ -55,7 +55,7 @@ def kill_run(directory: Path, kills: int, seconds: float = math.inf) -> tuple[in
                     receiver.signal(signal.SIGTERM)
                     assert receiver.process.wait(10) == 0
                 receiver.kill()
-                first = receiver.segments()[-3:][0].name
+                first = ["", "", *(path.name for path in receiver.segments())][-3]
                 seen = log_since(receiver, first)
                 made += 1
                 if made % 6 == 0:
