@@ -10,13 +10,12 @@ The file is read from top to bottom in the order in which a signal travels: 1 Re
 (options, systemd, reload, stop), 9 Commands.
 
 Each connection has a thread, which may block: a housekeeper shuts the sockets of those that are
-late. A thread with a signal offers its line to the log; the first to find that nobody commits
-writes and syncs all that have gathered, and sends the 200s.
+late. A thread with a signal hands its line to the log, and waits. The log's own thread writes and
+syncs at once all lines that have gathered meanwhile; then the others answer 200.
 
-Locks: SignalLog.storing is held by the thread that commits, for as long as the disk takes. Within
-it SignalLog.turn and Figures.counting may be taken, within Server.accepting (held by the thread
-that waits for a connection) Server.room: these three for microseconds. A handler's `owed` is held
-from its offer of a signal until it has been told of it.
+Locks: SignalLog.turn, Server.room and Figures.counting are held for microseconds, of these the
+last may be taken within the second, and the second within Server.accepting, which is held by the
+thread that waits for a connection.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler
@@ -368,9 +367,14 @@ def names_of(instances: dict[bytes, Instance]) -> list[str]:
     return sorted({each.name for each in instances.values()})
 
 
+def fingerprint(key: bytes) -> str:
+    """What tells keys apart without showing them."""
+    return f"SHA-256 {hashlib.sha256(key).hexdigest():.6}..."
+
+
 def say_keys(instances: dict[bytes, Instance]) -> None:
     for key, each in instances.items():  # as it is said of an unknown one
-        log.info("public key of %s: SHA-256 %.6s...", each.name, hashlib.sha256(key).hexdigest())
+        log.info("public key of %s: %s", each.name, fingerprint(key))
 
 
 # ---- 3  Signal: is it a JSON object; the line that will stand in the log -------------------------
@@ -464,7 +468,6 @@ RETRY_SECONDS = 1.0  # between two tries to store again
 STALL_SECONDS = 10.0  # a disk that takes longer for a commit cannot store signals
 DAY = 86400  # seconds
 NEW = os.O_CREAT | os.O_NOFOLLOW  # to open a file that is made if missing
-Waiter = Callable[[bool], None]  # called by the thread that commits: is it stored?
 
 
 def sync_directory(directory: Path | str, disk: Any = os) -> None:
@@ -475,32 +478,28 @@ def sync_directory(directory: Path | str, disk: Any = os) -> None:
         disk.close(fd)
 
 
-@dataclass(slots=True)
 class Entry:
-    """A line on its way to the disk, and who waits for it: its sender, and senders of repeats."""
+    """A line on its way to the disk; its handler waits for it, and so do those of its repeats."""
 
-    instance: str
-    key: bytes  # of the window: the signal's id, then the instance's name
-    line: bytes
-    waiters: list[Waiter]
+    def __init__(self, key: bytes, line: bytes) -> None:
+        self.key, self.line, self.stored = key, line, False
+        self.decided = threading.Event()  # it is known whether the line is stored
 
 
 class SignalLog:
-    """The log of all instances. Any number of threads may offer() lines and then commit(): one of
-    them commits at a time, and what the others offer meanwhile is the next batch."""
+    """The log of all instances. Any thread may have a line stored, and waits for it; the log's own
+    thread, which alone touches the segment, commits at once what has gathered meanwhile."""
 
-    def __init__(self, directory: Path, window: int, segment_bytes: int, committed: Any) -> None:
+    def __init__(self, directory: Path, window: int, segment_bytes: int) -> None:
         self.prefix = f"{directory}/"  # joining paths by pathlib takes as long as the call itself
         self.current, self.segment_bytes = self.prefix + CURRENT, segment_bytes
-        self.committed = committed  # told of each batch: its entries, whether stored, seconds
         self.disk: Any = os  # tests have a disk of their own stand in for it, and for the clock
         self.clock = time.time
-        self.turn = threading.Lock()  # guards the next four; held for microseconds
+        self.turn = threading.Condition()  # guards the next four; held for microseconds
         self.pending = deque[Entry]()
         self.in_flight = dict[bytes, Entry]()  # what is pending or being committed
         self.waiting = 0  # bytes of it
         self.window, self.window_size = OrderedDict[bytes, None](), window  # the newest keys
-        self.storing = threading.Lock()  # guards the segment, which others only look at
         self.fd, self.place = -1, (0, 0, 0)  # device, inode, and bytes, all of acknowledged lines
         self.day = 0.0  # of the segment, since the epoch
         self.damaged = False  # an error has met the segment: it waits for the recovery
@@ -508,61 +507,67 @@ class SignalLog:
         self.failure = ""  # what stands in the way of storing, if anything
         self.needed = 0  # bytes of the batch that is being stored, or could not be
         self.busy_since = NEVER  # with the disk
-        self.untended = threading.Event()  # there is something for the log's own thread to do
+        self.commits, self.commit_seconds = 0, 0.0
 
-    def offer(self, instance: str, identity: bytes, line: bytes, waiter: Waiter) -> bool | None:
-        """Take a line on: None, and the waiter will be told, after a commit(). True if it is
-        stored already, False if it cannot be stored now."""
-        key = identity + instance.encode()
+    def store(self, instance: str, identity: bytes, line: bytes) -> str:
+        """Have a line on disk, and wait until it is: what has become of it, one of RESULTS."""
+        entry = self.offer(identity + instance.encode(), line)
+        if isinstance(entry, str):
+            return entry
+        entry.decided.wait()
+        if not entry.stored:
+            return "unavailable"
+        return "stored" if entry.line is line else "repeated"
+
+    def offer(self, key: bytes, line: bytes) -> Entry | str:
+        """Take a line on, or say what has become of it already."""
         with self.turn:
             if key in self.window:
-                return True
+                return "repeated"
             if first := self.in_flight.get(key):  # a repeat shares the fate of the first copy
-                first.waiters.append(waiter)
-                return None
+                return first
             broken = self.failure and (self.damaged or self.fd < 0)
             if broken or (self.waiting and self.waiting + len(line) > WAITING_BYTES):
-                return False
-            entry = Entry(instance, key, line, [waiter])
+                return "unavailable"
+            entry = Entry(key, line)
             if self.window_size:
                 self.in_flight[key] = entry
             self.waiting += len(line)
             self.pending.append(entry)
-            return None
+            self.turn.notify()
+            return entry
 
-    def commit(self, tend: bool = False) -> None:
-        """Store what is pending, unless another thread is at it, which will see to it then; to
-        tend the log is to wait for that, close a segment that is due, or mend what has failed."""
-        if not (self.pending or tend) or not self.storing.acquire(blocking=tend):
-            return
+    def run(self) -> NoReturn:
+        """The life of the log's own thread: commit what is pending; tend the log in between."""
+        while True:
+            with self.turn:
+                if not self.pending:
+                    self.turn.wait(RETRY_SECONDS)
+            if self.pending or self.failure or self.is_due():
+                self.commit()
+
+    def commit(self) -> None:
+        """Store what is pending; if nothing is, mend what has failed, and close what is due."""
         started, batch, size = time.monotonic(), list[Entry](), 0
         with self.turn:
             while self.pending and size < BATCH_BYTES:
                 batch.append(self.pending.popleft())
                 size += len(batch[-1].line)
         stored = self._store(b"".join([entry.line for entry in batch]))
+        if stored:
+            self.commits += 1
+            self.commit_seconds += time.monotonic() - started
         with self.turn:
             self.waiting -= size
             for entry in batch:
                 self.in_flight.pop(entry.key, None)
+                entry.stored = stored
                 if stored:
                     self.window[entry.key] = None
                     if len(self.window) > self.window_size:
                         self.window.popitem(last=False)
-        self.committed(batch, stored, time.monotonic() - started)
         for entry in batch:
-            for waiter in entry.waiters:
-                waiter(stored)
-        self.storing.release()  # only now, so that the next batch is not a batch of one
-        if self.pending:  # this thread has its own connection to go back to
-            self.untended.set()
-
-    def run(self) -> NoReturn:
-        """The log's own thread: tend the log, and commit what has gathered during a commit."""
-        while True:
-            rested = not self.untended.wait(RETRY_SECONDS)
-            self.untended.clear()
-            self.commit(tend=rested and (bool(self.failure) or self.is_due()))
+            entry.decided.set()
 
     def _store(self, lines: bytes) -> bool:
         """Append lines to the open segment and sync it; whether that has worked."""
@@ -593,7 +598,6 @@ class SignalLog:
             if not self.failure:
                 log.error("cannot store signals: %s; trying again", error.strerror)
             self.failure = str(error.strerror)
-            self.untended.set()  # what has failed just now is not tried again at once
             with contextlib.suppress(OSError):  # else it is tried again once a second
                 self._prepare()
         self.busy_since = NEVER
@@ -726,7 +730,7 @@ class SignalLog:
         self.window = OrderedDict.fromkeys(reversed(keys))
         if damaged:
             log.warning("left %d damaged line(s) of the log as they are", damaged)
-        self.commit(tend=True)
+        self.commit()
         return received
 
     def _stored_lines(self, name: str) -> Iterator[bytes]:
@@ -774,22 +778,13 @@ class Figures:
         self.refusals: deque[dict[str, str]] = deque(maxlen=20)
         self.verified: dict[str, str] = {}  # when a challenge was last answered, in RFC 3339
         self.received: dict[str, str] = {}  # when a signal was last stored
-        self.commits, self.commit_seconds = 0, 0.0
         self.said: dict[tuple[str, str], tuple[float, int]] = {}  # when, and how many since
 
-    def committed(self, batch: list[Entry], stored: bool, seconds: float) -> None:
-        """What has become of a batch, `seconds` after it was taken."""
-        first, again = ("stored", "repeated") if stored else ("unavailable", "unavailable")
+    def count(self, instance: str, result: str, received_at: str) -> None:
         with self.counting:
-            for entry in batch:
-                self.signals[entry.instance, first] += 1
-                if more := len(entry.waiters) - 1:
-                    self.signals[entry.instance, again] += more
-                if stored:
-                    self.received[entry.instance] = entry.line[RECEIVED_AT].decode()
-            if stored:
-                self.commits += 1
-                self.commit_seconds += seconds
+            self.signals[instance, result] += 1
+            if result == "stored":  # several are counted at once, in any order
+                self.received[instance] = max(received_at, self.received.get(instance, ""))
 
     def refuse(self, instance: str, reason: str, detail: str = "") -> None:
         with self.counting:
@@ -896,7 +891,7 @@ class Server(socketserver.BaseServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Handle a connection to its end."""
-        with contextlib.suppress(OSError):  # it may go within a handshake
+        with contextlib.suppress(OSError):  # the client has gone, or was shut out
             if self.tls:
                 request = self.tls.wrap_socket(request, True, do_handshake_on_connect=False)
             with request:
@@ -955,7 +950,6 @@ class StrictHandler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        self.owed = threading.Lock()  # held while the signal log has yet to tell of a signal
         self.wait("idle", self.server.settings.timeout)
         with (server := self.server).room:
             while len(server.handlers) >= server.most and not server.stopping:
@@ -974,20 +968,14 @@ class StrictHandler(BaseHTTPRequestHandler):
             socket.socket.shutdown(self.request, how)
 
     def handle(self) -> None:
-        try:
-            if isinstance(self.request, ssl.SSLSocket):
-                self.request.do_handshake()
-                self.wait("idle", self.server.settings.timeout)
-            super().handle()
-        except Exception as error:  # not left to the thread: finish() might wait for ever before
-            if not isinstance(error, OSError):  # the client has gone, or was shut out
-                exit_on_defect()
+        if isinstance(self.request, ssl.SSLSocket):
+            self.request.do_handshake()
+            self.wait("idle", self.server.settings.timeout)
+        super().handle()
 
     def handle_one_request(self) -> None:
         """Read a request, do what it asks for, and answer it."""
         start = self.rfile.peek(1)
-        with self.owed:  # the answer to the last request is rendered with its fields: wait for it
-            pass
         self.close_connection = True
         if not start or self.closing:
             return
@@ -1050,7 +1038,7 @@ class StrictHandler(BaseHTTPRequestHandler):
         return render(answer, self.closing, self.command != "HEAD", int(time.time()))
 
     def finish(self) -> None:
-        with self.owed, contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
             if isinstance(self.request, ssl.SSLSocket):  # RFC 8446 section 6.1: say goodbye
                 self.request.settimeout(0)  # without waiting for the client's
                 with contextlib.suppress(OSError, ValueError):  # it may never have begun
@@ -1102,7 +1090,7 @@ class SignalHandler(StrictHandler):
 
     def do_POST(self) -> None:
         """A signal: authentic? then decrypt, then read; then off to the log, which will tell."""
-        fields, signal_log = self.head.fields, self.server.signal_log
+        fields = self.head.fields
         instance = self.find_instance(asked=SIGNATURE in fields)
         body = self.read_body()
         if not instance.authenticates(body, fields[SIGNATURE]):
@@ -1112,34 +1100,9 @@ class SignalHandler(StrictHandler):
         identity = signal_id(payload)
         line = signal_line(instance.name, identity, payload)
         del body, payload  # else a disk that hangs has each signal in memory twice
-        self.owed.acquire()
-        known = signal_log.offer(instance.name, identity, line, self.answered)
-        del line
-        if known is None:
-            signal_log.commit()
-        else:
-            with (figures := self.server.figures).counting:
-                figures.signals[instance.name, "repeated" if known else "unavailable"] += 1
-            self.answered(known)
-        if isinstance(self.request, ssl.SSLSocket):
-            with self.owed:
-                self.answer(self.outcome)
-
-    def answered(self, stored: bool) -> None:
-        """Send the answer, in the thread that has committed: cheaper than to wake this one. Under
-        TLS this one does: an SSL object may not be read and written at once. A client that does
-        not take its answer is shut out, rather than to have the others wait."""
-        self.outcome = ACCEPTED if stored else CANNOT_STORE
-        if not isinstance(self.request, ssl.SSLSocket):
-            data = self.render(self.outcome)
-            try:
-                taken = self.request.send(data, socket.MSG_DONTWAIT)
-            except OSError:
-                taken = 0
-            if taken < len(data):
-                self.shut(socket.SHUT_RDWR)
-            self.wait("idle", self.server.settings.keepalive)
-        self.owed.release()
+        result = self.server.signal_log.store(instance.name, identity, line)
+        self.server.figures.count(instance.name, result, line[RECEIVED_AT].decode())
+        self.answer(CANNOT_STORE if result == "unavailable" else ACCEPTED)
 
     def find_instance(self, *, asked: bool) -> Instance:
         """The instance whose public key is in the request; Refusal if there is none."""
@@ -1153,8 +1116,7 @@ class SignalHandler(StrictHandler):
         for own in self.server.instances.values():
             if hmac.compare_digest(key, own.private_key):
                 raise Refusal(UNKNOWN_KEY, f"the private key of {own.name} as public key: swapped?")
-        digest = hashlib.sha256(key).hexdigest()  # tells keys apart without showing them
-        raise Refusal(UNKNOWN_KEY, "invalid public key", f"(SHA-256 {digest:.6}...)")
+        raise Refusal(UNKNOWN_KEY, "invalid public key", f"({fingerprint(key)})")
 
     def refuse(self, refusal: Refusal) -> None:
         name = self.instance.name if self.instance else ""
@@ -1363,7 +1325,7 @@ def metrics(receiver: Server) -> bytes:
         every = itertools.product([*names_of(receiver.instances), ""], RESULTS)
         results = {each: figures.signals[each] for each in every}
         started = datetime.fromisoformat(figures.started).timestamp()
-        spent = {"_sum": round(figures.commit_seconds, 6), "_count": figures.commits}
+        spent = {"_sum": round(signal_log.commit_seconds, 6), "_count": signal_log.commits}
         samples: dict[str, dict[str, float]] = {
             "signals_total counter Signals by what became of them": by("result", results),
             "refused_total counter Requests refused": by("reason", figures.refused),
@@ -1531,8 +1493,7 @@ def open_servers(settings: Settings) -> tuple[Server, list[Server]]:
     listener = given.get("live") or open_listener(settings.host or "127.0.0.1", port)
     receiver = Server(listener, SignalHandler, settings, settings.max_connections)
     receiver.instances, receiver.tls, path = instances, tls, settings.signals
-    committed = receiver.figures.committed
-    receiver.signal_log = SignalLog(path, settings.dedupe, settings.segment_bytes, committed)
+    receiver.signal_log = SignalLog(path, settings.dedupe, settings.segment_bytes)
     receiver.routes = {settings.path: ("GET", "HEAD", "POST"), "/status": ("GET", "HEAD")}
     receiver.url = f"http{'s' * bool(tls)}://{address_of(listener)}{settings.path}"
     try:

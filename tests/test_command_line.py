@@ -208,8 +208,11 @@ def test_a_defect_in_a_thread_ends_it_with_status_1_whatever_the_log(home: Path,
     assert ("division by zero" in result.stderr) == (log == "read")
 
 
-def test_a_defect_while_a_signal_is_stored_ends_it_with_status_1(start: Start, pair: Pair) -> None:
-    receiver = start(wrapper=broken("SignalHandler.answered"))
+@pytest.mark.parametrize("method", ["SignalLog._write", "Figures.count"], ids=["log", "handler"])
+def test_a_defect_while_a_signal_is_stored_ends_it_with_status_1(
+    start: Start, pair: Pair, method: str
+) -> None:
+    receiver = start(wrapper=broken(method))
     with suppress(OSError, HTTPException):
         receiver.post(pair, signal_payload())
     assert receiver.process.wait(10) == 1

@@ -7,7 +7,6 @@ the two the disk may have kept anything from nothing to all, in the order in whi
 
 import copy
 import errno
-import functools
 import hashlib
 import itertools
 import os
@@ -312,7 +311,7 @@ class Sender:
     acknowledged: set[Message] = field(default_factory=set)
 
     def start(self, disk: PaperDisk) -> None:
-        self.log = SignalLog(Path("log"), 10_000, self.segment_bytes, lambda *_: None)
+        self.log = SignalLog(Path("log"), 10_000, self.segment_bytes)
         self.log.disk, self.log.clock = disk, disk.now
         self.log.start()
 
@@ -320,16 +319,22 @@ class Sender:
         """Send signals that are stored in one batch; those that were acknowledged."""
         self.sent.update(messages)
         self.answered = set[Message]()
+        taken = dict[Message, liveapi_server.Entry]()
         for message in messages:
             instance, payload = message
             identity = hashlib.sha256(payload).digest()[:16]
             line = liveapi_server.signal_line(instance, identity, payload)
-            note = functools.partial(self.note, message)
-            note(self.log.offer(instance, identity, line, note))
+            entry = self.log.offer(identity + instance.encode(), line)
+            if isinstance(entry, liveapi_server.Entry):
+                taken[message] = entry
+            elif entry == "repeated":
+                self.note(message)
         self.log.commit()
+        for message, entry in taken.items():
+            if entry.stored:
+                self.note(message)
         return self.answered
 
-    def note(self, message: Message, stored: bool | None) -> None:
-        if stored:
-            self.answered.add(message)
-            self.acknowledged.add(message)
+    def note(self, message: Message) -> None:
+        self.answered.add(message)
+        self.acknowledged.add(message)

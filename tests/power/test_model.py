@@ -179,7 +179,7 @@ class LogMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def tend(self, data: Any = None) -> None:
         try:
-            self.sender.log.commit(tend=True)
+            self.sender.log.commit()
         except PowerLossError:
             self.fall("power", data)
 
@@ -188,7 +188,7 @@ class LogMachine(RuleBasedStateMachine):
         """The disk is well; within a look or two the log must be able to store, too."""
         self.be_well()
         for _ in range(3):
-            self.sender.log.commit(tend=True)
+            self.sender.log.commit()
         self.append(1)
         assert self.sender.answered == set(self.fresh)
         assert not self.sender.log.failure
@@ -248,8 +248,8 @@ class LogMachine(RuleBasedStateMachine):
         check(lines, self.sender.sent, self.sender.acknowledged, self.taken)
 
     def teardown(self) -> None:
-        # An assertion that fails in the middle of a batch leaves the log locked.
-        if not self.sender.log.storing.locked():
+        # An assertion that fails in the middle of a batch leaves the batch in flight.
+        if not self.sender.log.in_flight:
             self.heal()
             self.send(self.missing())
             assert not self.missing()
