@@ -43,6 +43,7 @@ import socketserver
 import ssl
 import stat
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -1544,6 +1545,15 @@ def keep_house(receiver: Server, others: list[Server]) -> NoReturn:
         time.sleep(min(SWEEP_SECONDS, settings.timeout / 5, settings.keepalive / 5, watchdog / 4))
 
 
+def stay_on_one_core(port: int) -> None:
+    """Keep the threads together. They take turns with the interpreter lock, and a turn that goes
+    to another core takes longer than a signal: on one core about twice as many are stored."""
+    if not sysconfig.get_config_var("Py_GIL_DISABLED"):
+        cores = sorted(os.sched_getaffinity(0))  # CPUAffinity= may leave some out
+        with contextlib.suppress(OSError):  # a sandbox may not allow it
+            os.sched_setaffinity(0, {cores[port % len(cores)]})  # neighbours take different ones
+
+
 def serve(settings: Settings) -> NoReturn:
     """Receive signals until SIGTERM or SIGINT; at SIGHUP take keys and TLS files anew."""
     hangup, ends = {signal.SIGHUP}, {signal.SIGTERM, signal.SIGINT}
@@ -1551,6 +1561,7 @@ def serve(settings: Settings) -> NoReturn:
     for each in ends:  # a start can take long, but is not waited for
         signal.signal(each, lambda *_: os._exit(0))
     receiver, others = open_servers(settings)
+    stay_on_one_core(receiver.socket.getsockname()[1])
     # Blocked in every thread and taken one by one below: none can be lost, none interrupts.
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)
     threading.Thread(target=keep_house, args=(receiver, others), daemon=True).start()

@@ -64,6 +64,17 @@ def send_and_be_read(receiver: Receiver, wire: Wire, data: bytes) -> None:
     eventually(is_read)
 
 
+def test_all_its_threads_stay_on_one_of_the_cores_it_may_use_by_its_port(
+    receiver: Receiver, pair: Pair
+) -> None:
+    receiver.post(pair, signal_payload())
+    cores = sorted(os.sched_getaffinity(0))
+    threads = [int(path.name) for path in Path(f"/proc/{receiver.process.pid}/task").iterdir()]
+    assert len(threads) > 2
+    chosen = {cores[receiver.port % len(cores)]}
+    assert all(os.sched_getaffinity(thread) == chosen for thread in threads)
+
+
 # --- The end, and TLS files anew --------------------------------------------------------------
 
 

@@ -156,6 +156,8 @@ def test_as_many_connections_as_are_allowed_have_a_thread_each(debian: Machine) 
         kib, threads = map(int, re.findall(r"^(?:VmRSS|Threads):\s+(\d+)", status, re.M))
         assert 512 < threads < int(debian.show("TasksMax")) - CONSOLE_THREADS
         assert kib << 10 < int(debian.show("MemoryMax")) / 4
+        # The sandbox lets it choose its core.
+        assert re.search(r"^Cpus_allowed_list:\s+\d+$", status, re.M)
         debian.store()
     assert "cannot start a thread" not in debian.journal("")
 
