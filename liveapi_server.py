@@ -978,7 +978,7 @@ class StrictHandler(BaseHTTPRequestHandler):
         """Read a request, do what it asks for, and answer it."""
         start = self.rfile.peek(1)
         self.close_connection = True
-        if not start or self.closing:
+        if not start:
             return
         self.wait("request", self.server.settings.timeout)
         self.head, self.instance, self.said_all = StrictHandler.head, None, False
@@ -1026,17 +1026,14 @@ class StrictHandler(BaseHTTPRequestHandler):
         self.answer(refusal.answer)
 
     def answer(self, answer: Answer) -> None:
-        self.wait("answer", self.server.settings.timeout)
-        self.wfile.write(self.render(answer))
-        self.wait("idle", self.server.settings.keepalive)
-
-    def render(self, answer: Answer) -> bytes:
-        """An answer's bytes; at a stop the connection ends with them."""
+        """Send an answer; at a stop it is the connection's last."""
         if self.server.settings.access_log:
             client, size = self.client_address[0], len(answer.body)
             log.info('%s "%s %s" %d %d', client, self.command, self.path, answer.status, size)
         self.closing = self.close_connection = self.close_connection or self.server.stopping
-        return render(answer, self.closing, self.command != "HEAD", int(time.time()))
+        self.wait("answer", self.server.settings.timeout)
+        self.wfile.write(render(answer, self.closing, self.command != "HEAD", int(time.time())))
+        self.wait("idle", self.server.settings.keepalive)
 
     def finish(self) -> None:
         with contextlib.suppress(OSError):
