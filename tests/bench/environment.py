@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -40,7 +41,7 @@ def need(*programs: str) -> None:
         raise SystemExit(f"missing: {', '.join(missing)}; on Debian: {debian}")
 
 
-def _once(directory: Path, recipe: Path, *commands: list[str]) -> None:
+def _once(directory: Path, recipe: Path, *commands: Sequence[str | Path]) -> None:
     """Run the commands in `directory` unless they ran for this very recipe before."""
     mark = directory / "installed"
     if mark.exists() and mark.read_bytes() == recipe.read_bytes():
@@ -57,20 +58,11 @@ def prepare(kinds: set[str]) -> None:
     CACHE.mkdir(parents=True, exist_ok=True)
     need(*(program for kind in kinds for program in PROGRAMS[kind]))
     if "python" in kinds:
-        pip = [
-            str(PEERS_PYTHON),
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--upgrade",
-            "-r",
-            str(REQUIREMENTS),
-        ]
+        pip = [PEERS_PYTHON, *"-m pip install -q --upgrade -r".split(), REQUIREMENTS]
         _once(PEERS_PYTHON.parent.parent, REQUIREMENTS, [sys.executable, "-m", "venv", "."], pip)
     if "node" in kinds:
         npm = ["npm", "install", "--no-audit", "--no-fund"]
-        _once(NODE_MODULES.parent, MANIFEST, ["cp", str(MANIFEST), "."], npm)
+        _once(NODE_MODULES.parent, MANIFEST, ["cp", MANIFEST, "."], npm)
     if "go" in kinds:
         build = ("go", "build", "-o", GO_PROGRAM, PEERS / "main.go")
         run(*build, GOCACHE=str(CACHE / "go-build"), GO111MODULE="off")
@@ -80,9 +72,8 @@ def python_facts(python: str | Path, *packages: str) -> str:
     code = """if True:
         import platform, sys
         from importlib.metadata import version
-        free = "" if getattr(sys, "_is_gil_enabled", lambda: True)() else ", free-threaded"
-        packages = (f", {name} {version(name)}" for name in sys.argv[1:])
-        print("Python ", platform.python_version(), free, *packages, sep="")
+        packages = (f"{name} {version(name)}" for name in sys.argv[1:])
+        print(f"Python {platform.python_version()}", *packages, sep=", ")
     """
     return run(python, "-c", code, *packages).strip()
 

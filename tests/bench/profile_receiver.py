@@ -62,7 +62,7 @@ def profile(scenario: str, work: Path, pool: Pool) -> dict[str, str]:
     data = work / "perf.data"
     record = ["record", "-q", "-g", "-e", "cpu-clock", "-F", "4000", "-o", str(data)]
     count = ["stat", "-x", ",", "-e", ",".join(TRACEPOINTS.values())]
-    with running(receiver(sys.executable), work / scenario, pool.pairs) as started:
+    with running(receiver(), work / scenario, pool.pairs) as started:
         taken = fire(started, pool, 0, scenario, 1).taken
         _, sampled = watched(record, started, pool, taken, scenario)
         slept = started.wake_ups()

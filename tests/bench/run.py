@@ -23,8 +23,7 @@ from servers import PEERS, Server, receiver, running
 from wrk import INSTANCES, SCENARIOS, Pool, bare_sync, check_log, fire
 
 RESULTS = environment.HERE / "results"
-PARTS = ["rates", "instances", "footprint"]
-CHOICES = {"peers": list(PEERS), "connections": list(SCENARIOS), "parts": PARTS}
+CHOICES = {"peers": list(PEERS), "parts": ["rates", "instances", "footprint"]}
 
 
 def options() -> argparse.Namespace:
@@ -35,7 +34,6 @@ def options() -> argparse.Namespace:
     for name, known in CHOICES.items():
         every = ",".join(known)
         add(f"--{name}", default=every, metavar="LIST", help=f"only some of {every}")
-    add("--python", default=sys.executable, metavar="LIST", help="that run the receiver")
     add("--before", type=Path, metavar="FILE", help="an earlier liveapi_server.py, as a peer")
     chosen = parser.parse_args()
     for name, known in CHOICES.items():
@@ -80,17 +78,10 @@ def main() -> None:
     peers = {name: PEERS[name] for name in chosen.peers}
     kinds = {"receiver", *(peer.kind for peer in peers.values())}
     environment.prepare(kinds)
-    interpreters = chosen.python.split(",")
-    environment.need(*interpreters)
-    # Absolute, but not resolved: a link in a venv stands for the venv.
-    python, *others = (str(Path(shutil.which(each) or "").absolute()) for each in interpreters)
-    servers = {"receiver": receiver(python)}
-    for number, other in enumerate(others, 2):
-        title = f"the receiver on {environment.python_facts(other, 'cryptography')}"
-        servers[f"receiver-{number}"] = receiver(other, title)
+    servers = {"receiver": receiver()}
     if chosen.before:
         before = chosen.before.resolve()
-        servers["before"] = receiver(python, f"the receiver before, {before.name}", before)
+        servers["before"] = receiver(f"the receiver before, {before.name}", before)
     servers |= peers
 
     with tempfile.TemporaryDirectory(prefix="run-", dir=environment.CACHE) as name:
@@ -102,12 +93,12 @@ def main() -> None:
             "options": {"rounds": chosen.rounds, "seconds": chosen.seconds},
             "servers": servers,
             "machine": environment.machine(work),
-            "receiver": f"{environment.python_facts(python, 'cryptography')} ({python})",
+            "receiver": environment.python_facts(sys.executable, "cryptography"),
             "versions": environment.versions(kinds),
         }
         if "rates" in chosen.parts:
             rows = {name: (server, pool) for name, server in servers.items()}
-            found = in_turn(rows, work, chosen.connections, chosen)
+            found = in_turn(rows, work, list(SCENARIOS), chosen)
             result["rates"], result["sync_ms"] = found
         if "instances" in chosen.parts:
             many = Pool.make(work / "pool-of-many", pairs, chosen.seconds + 1)

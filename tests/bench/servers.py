@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,9 +29,9 @@ class Server:
     stores: bool = True
 
 
-def receiver(python: str, title: str = "the receiver", program: Path = PROGRAM) -> Server:
+def receiver(title: str = "the receiver", program: Path = PROGRAM) -> Server:
     options = "--keys keys --signals signals --port {port}"
-    return Server(title, "receiver", (python, str(program), *options.split()))
+    return Server(title, "receiver", (sys.executable, str(program), *options.split()))
 
 
 def _python_peer(title: str, words: str, sync: str = "yes") -> Server:
