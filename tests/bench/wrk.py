@@ -20,7 +20,7 @@ SCENARIOS = {
     "1": "1 connection",
     "16": "16 connections",
     "64": "64 connections",
-    "16new": "16 connections, a new one for each signal",
+    "16new": "16, a new one each",
 }
 INSTANCES = 50  # the most that share a pool
 FASTEST = 60_000  # signals per second that a pool must last for: no server here takes more
