@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -18,7 +17,8 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "live
 
 BUILD = f"{platform.python_version()}-{Path(sys.base_prefix).name}"  # of this very interpreter
 PEERS_PYTHON = CACHE / f"python-{BUILD}" / "bin/python"
-NODE_MODULES = CACHE / "node/node_modules"
+NODE = CACHE / "node"
+NODE_MODULES = NODE / "node_modules"
 GO_PROGRAM = CACHE / "go-peer"
 
 PROGRAMS = {"receiver": ["wrk"], "python": [], "node": ["node", "npm"], "go": ["go"]}
@@ -41,28 +41,17 @@ def need(*programs: str) -> None:
         raise SystemExit(f"missing: {', '.join(missing)}; on Debian: {debian}")
 
 
-def _once(directory: Path, recipe: Path, *commands: Sequence[str | Path]) -> None:
-    """Run the commands in `directory` unless they ran for this very recipe before."""
-    mark = directory / "installed"
-    if mark.exists() and mark.read_bytes() == recipe.read_bytes():
-        return
-    print(f"installing {recipe.name} in {directory}", file=sys.stderr)
-    directory.mkdir(parents=True, exist_ok=True)
-    for command in commands:
-        run(*command, cwd=directory)
-    mark.write_bytes(recipe.read_bytes())
-
-
 def prepare(kinds: set[str]) -> None:
-    """Install and build what servers of these kinds need."""
-    CACHE.mkdir(parents=True, exist_ok=True)
+    """Install and build what servers of these kinds need, and is not there yet."""
+    NODE.mkdir(parents=True, exist_ok=True)
     need(*(program for kind in kinds for program in PROGRAMS[kind]))
     if "python" in kinds:
-        pip = [PEERS_PYTHON, *"-m pip install -q --upgrade -r".split(), REQUIREMENTS]
-        _once(PEERS_PYTHON.parent.parent, REQUIREMENTS, [sys.executable, "-m", "venv", "."], pip)
+        if not PEERS_PYTHON.exists():
+            run(sys.executable, "-m", "venv", PEERS_PYTHON.parent.parent)
+        run(PEERS_PYTHON, *"-m pip install -q -r".split(), REQUIREMENTS)
     if "node" in kinds:
-        npm = ["npm", "install", "--no-audit", "--no-fund"]
-        _once(NODE_MODULES.parent, MANIFEST, ["cp", MANIFEST, "."], npm)
+        shutil.copy(MANIFEST, NODE)
+        run(*"npm install --no-audit --no-fund".split(), cwd=NODE)
     if "go" in kinds:
         build = ("go", "build", "-o", GO_PROGRAM, PEERS / "main.go")
         run(*build, GOCACHE=str(CACHE / "go-build"), GO111MODULE="off")
