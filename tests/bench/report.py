@@ -85,17 +85,6 @@ def rates_table(result: Result) -> list[str]:
     return table(head, rows)
 
 
-def instances_table(rates: Rates) -> list[str]:
-    head = ["the receiver, 16 connections", "signals/s", "spread", "÷ the first", "goal"]
-    series = {title: found["16"] for title, found in rates.items()}
-    first = next(iter(series.values()))
-    rows = (
-        [title, *rate_and_spread(runs), f"{ratio(runs, first):.2f}", "" if runs is first else "0.9"]
-        for title, runs in series.items()
-    )
-    return table(head, rows)
-
-
 def footprint_table(found: dict[str, tuple[float, float | None]]) -> list[str]:
     rows = (
         [what, f"{figure:.3g}", "" if limit is None else f"{limit}"]
@@ -126,8 +115,6 @@ def markdown(result: Result) -> str:
     lines.append("")
     if rates:
         lines += rates_table(result)
-    if "instances" in result:
-        lines += instances_table(result["instances"])
     if "footprint" in result:
         lines += footprint_table(result["footprint"])
     return "\n".join(lines)

@@ -20,10 +20,10 @@ import report
 from footprint import footprint
 from harness import Pair
 from servers import PEERS, Server, receiver, running
-from wrk import INSTANCES, SCENARIOS, Pool, bare_sync, check_log, fire
+from wrk import SCENARIOS, Pool, bare_sync, check_log, fire
 
 RESULTS = environment.HERE / "results"
-CHOICES = {"peers": list(PEERS), "parts": ["rates", "instances", "footprint"]}
+PARTS = ["rates", "footprint"]
 
 
 def options() -> argparse.Namespace:
@@ -31,37 +31,31 @@ def options() -> argparse.Namespace:
     add = parser.add_argument
     add("--rounds", type=int, default=5, metavar="N")
     add("--seconds", type=int, default=2, metavar="N", help="of load for each figure")
-    for name, known in CHOICES.items():
-        every = ",".join(known)
-        add(f"--{name}", default=every, metavar="LIST", help=f"only some of {every}")
+    add("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="only these")
+    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="only these")
     add("--before", type=Path, metavar="FILE", help="an earlier liveapi_server.py, as a peer")
-    chosen = parser.parse_args()
-    for name, known in CHOICES.items():
-        names = [each for each in getattr(chosen, name).split(",") if each]
-        if set(names) - set(known):
-            parser.error(f"--{name}: choose from {','.join(known)}")
-        setattr(chosen, name, names)
-    return chosen
+    return parser.parse_args()
 
 
 def in_turn(
-    rows: dict[str, tuple[Server, Pool]], work: Path, scenarios: list[str], run: argparse.Namespace
+    servers: dict[str, Server], pools: dict[int, Pool], work: Path, run: argparse.Namespace
 ) -> tuple[report.Rates, list[float]]:
     """What is measured in each round, and what a bare sync took in it.
 
     Each round begins with another row, and every second one goes backwards from there.
     """
-    found: report.Rates = {name: {each: [] for each in scenarios} for name in rows}
-    syncs, names = [], list(rows)
+    found: report.Rates = {name: {each: [] for each in SCENARIOS} for name in servers}
+    syncs, names = [], list(servers)
     for number in range(run.rounds):
         syncs.append(bare_sync(work))
         for step in range(len(names)):
             name = names[(number + (-step if number % 2 else step)) % len(names)]
             print(f"round {number + 1} of {run.rounds}: {name}", file=sys.stderr)
-            server, pool = rows[name]
+            server = servers[name]
+            pool = pools[server.instances]
             with running(server, work / "server", pool.pairs) as started:
                 runs = [fire(started, pool, 0, "16", 1)]  # a warm-up
-                for scenario in scenarios:
+                for scenario in SCENARIOS:
                     taken = sum(each.taken for each in runs)
                     runs.append(fire(started, pool, taken, scenario, run.seconds))
                     found[name][scenario].append(runs[-1])
@@ -75,19 +69,21 @@ def main() -> None:
     chosen = options()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # the servers are stopped too
     started = time.monotonic()
-    peers = {name: PEERS[name] for name in chosen.peers}
-    kinds = {"receiver", *(peer.kind for peer in peers.values())}
-    environment.prepare(kinds)
     servers = {"receiver": receiver()}
     if chosen.before:
         before = chosen.before.resolve()
         servers["before"] = receiver(f"the receiver before, {before.name}", before)
-    servers |= peers
+    servers |= {name: PEERS[name] for name in chosen.peers}
+    kinds = {server.kind for server in servers.values()}
+    environment.prepare(kinds)
 
     with tempfile.TemporaryDirectory(prefix="run-", dir=environment.CACHE) as name:
         work = Path(name)
-        pairs = [Pair("bench"), *(Pair(f"bench-{number}") for number in range(1, INSTANCES))]
-        pool = Pool.make(work / "pool", pairs[:1], 2 + chosen.seconds * len(SCENARIOS))
+        pools = {}
+        for count in {server.instances for server in servers.values()}:
+            pairs = [Pair("bench"), *(Pair(f"bench-{number}") for number in range(1, count))]
+            seconds = 2 + chosen.seconds * len(SCENARIOS)
+            pools[count] = Pool.make(work / f"pool-{count}", pairs, seconds)
         result: report.Result = {
             "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "options": {"rounds": chosen.rounds, "seconds": chosen.seconds},
@@ -97,17 +93,10 @@ def main() -> None:
             "versions": environment.versions(kinds),
         }
         if "rates" in chosen.parts:
-            rows = {name: (server, pool) for name, server in servers.items()}
-            found = in_turn(rows, work, list(SCENARIOS), chosen)
-            result["rates"], result["sync_ms"] = found
-        if "instances" in chosen.parts:
-            many = Pool.make(work / "pool-of-many", pairs, chosen.seconds + 1)
-            pools = {"one instance": pool, f"{INSTANCES} instances, signals for all in turn": many}
-            rows = {title: (servers["receiver"], each) for title, each in pools.items()}
-            result["instances"], _ = in_turn(rows, work, ["16"], chosen)
+            result["rates"], result["sync_ms"] = in_turn(servers, pools, work, chosen)
         if "footprint" in chosen.parts:
             print("footprint", file=sys.stderr)
-            result["footprint"] = footprint(servers["receiver"], work / "footprint", pool)
+            result["footprint"] = footprint(servers["receiver"], work / "footprint", pools[1])
     result["minutes"] = round((time.monotonic() - started) / 60, 1)
 
     RESULTS.mkdir(exist_ok=True)

@@ -22,7 +22,6 @@ SCENARIOS = {
     "64": "64 connections",
     "16new": "16, a new one each",
 }
-INSTANCES = 50  # the most that share a pool
 FASTEST = 60_000  # signals per second that a pool must last for: no server here takes more
 
 SIZES = (64, 44, 500)  # of a public key, a signature and a signal, in bytes
