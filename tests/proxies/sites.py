@@ -128,6 +128,7 @@ class Site:
     proxy: str
     port: int
     cafile: str
+    trust: ssl.SSLContext
     tap: Tap
     receiver: Receiver
     pair: Pair
@@ -136,10 +137,6 @@ class Site:
     @property
     def url(self) -> str:
         return f"https://localhost:{self.port}"
-
-    @property
-    def trust(self) -> ssl.SSLContext:
-        return ssl.create_default_context(cafile=self.cafile)
 
     def client(self) -> httpx.Client:
         """One that keeps its connection."""
@@ -159,7 +156,8 @@ def serve(proxy: str, directory: Path, receiver: Receiver, pair: Pair) -> Iterat
     [port] = free_ports(1)
     file, output = directory / "proxy.conf", directory / "output.txt"
     file.write_text(config(proxy, directory, port, tap.port))
-    site = Site(proxy, port, str(certificate.cert), tap, receiver, pair, output)
+    cafile, trust = str(certificate.cert), certificate.context()
+    site = Site(proxy, port, cafile, trust, tap, receiver, pair, output)
     with output.open("w") as said:
         env = {"HOME": str(directory), "PATH": PATH}
         process = subprocess.Popen(

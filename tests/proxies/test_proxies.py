@@ -10,20 +10,19 @@ test can tell how a request came: which version, chunked or not, over how many c
 import itertools
 import json
 import re
-import socket
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from subprocess import PIPE
-from typing import NamedTuple
 
 import pytest
 from corpus import WRONG_CODINGS
-from harness import ACCEPTED, COMMAND, Pair, Start, eventually, payload_id, run, signal_payload
+from harness import ACCEPTED, COMMAND, Pair, Start, payload_id, run, signal_payload
 from peers import at_once
 from sites import KEEPING, PATH, PROXIES, Site, need, serve
+from wire import Wire, ask
 
 NODE = """
 const { url, headers, body, chunked } = JSON.parse(require('fs').readFileSync(0, 'utf8'));
@@ -44,33 +43,27 @@ def site(
         yield served
 
 
-# Clients: each gives status and text
+# Clients: each gives status and text; a call without a body is a GET
 
 
-class Call(NamedTuple):
-    target: str
-    headers: dict[str, str]
-    body: bytes | None = None  # a GET if None
-    chunked: bool = False
-
-
-def by_curl(site: Site, call: Call) -> tuple[int, str]:
+def by_curl(
+    site: Site, target: str, headers: dict[str, str], body: bytes = b"", chunked: bool = False
+) -> tuple[int, str]:
     command = ["curl", "-sS", "--cacert", site.cafile, "-w", "\n%{http_code}"]
-    headers = {**call.headers, **({"Transfer-Encoding": "chunked"} if call.chunked else {})}
-    for name, value in headers.items():
+    for name, value in (headers | ({"Transfer-Encoding": "chunked"} if chunked else {})).items():
         command += ["-H", f"{name}: {value}"]
-    command += [site.url + call.target, *(["--data-binary", "@-"] if call.body else [])]
-    return printed(command, call.body)
+    command += [site.url + target, *(["--data-binary", "@-"] if body else [])]
+    return printed(command, body)
 
 
-def by_fetch(site: Site, call: Call) -> tuple[int, str]:
-    asked = {**call._asdict(), "url": site.url + call.target, "body": (call.body or b"").decode()}
-    return printed(
-        ["node", "-e", NODE], json.dumps(asked).encode(), NODE_EXTRA_CA_CERTS=site.cafile
-    )
+def by_node(
+    site: Site, target: str, headers: dict[str, str], body: bytes = b"", chunked: bool = False
+) -> tuple[int, str]:
+    call = {"url": site.url + target, "headers": headers, "body": body.decode(), "chunked": chunked}
+    return printed(["node", "-e", NODE], json.dumps(call).encode(), NODE_EXTRA_CA_CERTS=site.cafile)
 
 
-def printed(command: list[str], data: bytes | None, **env: str) -> tuple[int, str]:
+def printed(command: list[str], data: bytes, **env: str) -> tuple[int, str]:
     """What a command prints: a text, and in the last line a status."""
     env = {"PATH": PATH, **env}
     done = subprocess.run(command, input=data, stdout=PIPE, timeout=30, check=True, env=env)
@@ -78,36 +71,24 @@ def printed(command: list[str], data: bytes | None, **env: str) -> tuple[int, st
     return int(status), text
 
 
-def by_httpx(site: Site, call: Call) -> tuple[int, str]:
-    method = "POST" if call.body else "GET"
-    content = iter([call.body[:9], call.body[9:]]) if call.body and call.chunked else call.body
-    with site.client() as client:
-        answer = client.request(method, call.target, headers=call.headers, content=content)
-    return answer.status_code, answer.text
-
-
-CLIENTS = {"curl": by_curl, "httpx": by_httpx, "node": by_fetch}
-
-
 @behind_each
 def test_verify_and_signals_work_through_the_proxy_for_every_client(site: Site) -> None:
+    """The other tests speak through httpx."""
     sent = []
-    for name, client in CLIENTS.items():
-        if name != "httpx":
-            need(name)
+    for name, client in {"curl": by_curl, "node": by_node}.items():
+        need(name)
         key = {"x-notificare-public-key": site.pair.public}
-        answer = client(site, Call("/live?challenge=a%20challenge%2B%3D", key))
+        answer = client(site, "/live?challenge=a%20challenge%2B%3D", key)
         assert answer == (200, site.pair.sign(b"a challenge+=")), name
         kinds = ("application/json", "application/jose")
         for kind, chunked, size in itertools.product(kinds, (False, True), (10, 100_000)):
             body = signal_payload(text="x" * size)
             sent.append(payload_id(body))
             body = site.pair.encrypt(body) if kind == "application/jose" else body
-            headers = site.pair.headers(body, kind)
-            status, text = client(site, Call("/live", headers, body, chunked))
+            status, text = client(site, "/live", site.pair.headers(body, kind), body, chunked)
             assert (status, json.loads(text)) == (200, ACCEPTED), (name, kind, chunked, size)
         wrong = {**site.pair.headers(body), "x-notificare-signature": site.pair.sign(b"x")}
-        status, text = client(site, Call("/live", wrong, body))
+        status, text = client(site, "/live", wrong, body)
         assert (status, json.loads(text)) == (400, {"error": "invalid signature"}), name
     assert site.receiver.ids() == sent
     sent_on = b"".join(site.tap.seen)
@@ -206,13 +187,11 @@ def test_no_request_is_smuggled_past_the_proxy(site: Site) -> None:
     """The proxy forbids /smuggled. The receiver must not see what only it takes for a request."""
 
     def attack(data: bytes) -> None:
-        with suppress(OSError):
-            plain = socket.create_connection(("127.0.0.1", site.port), 5)
-            with site.trust.wrap_socket(plain, server_hostname="localhost") as connection:
-                connection.sendall(data)
-                connection.settimeout(0.5)
-                while connection.recv(65536):
-                    pass
+        with suppress(OSError), Wire(site.port, 5, site.trust) as wire:
+            wire.send(data)
+            wire.socket.settimeout(0.5)
+            while wire.socket.recv(65536):
+                pass
 
     key = {"x-notificare-public-key": site.pair.public}
     with site.client() as client, ThreadPoolExecutor(8) as pool:
@@ -222,9 +201,8 @@ def test_no_request_is_smuggled_past_the_proxy(site: Site) -> None:
             answer = client.get("/live", params={"challenge": number}, headers=key)
             assert answer.text == site.pair.sign(str(number).encode())
     assert not [line for line in site.receiver.log if "/smuggled" in line]
-    with socket.create_connection(("127.0.0.1", site.tap.port)) as behind_the_proxy:
-        behind_the_proxy.sendall(HIDDEN)
-        eventually(lambda: any("/smuggled" in line for line in site.receiver.log))
+    ask(site.tap.port, HIDDEN)  # behind the proxy
+    site.receiver.wait_for_log("/smuggled")
 
 
 @behind_keeping
