@@ -21,7 +21,6 @@ NODE = CACHE / "node"
 NODE_MODULES = NODE / "node_modules"
 GO_PROGRAM = CACHE / "go-peer"
 
-PROGRAMS = {"receiver": ["wrk"], "python": [], "node": ["node", "npm"], "go": ["go"]}
 UNSYNCED_FILESYSTEMS = {"tmpfs", "ramfs", "overlay"}
 
 
@@ -35,16 +34,9 @@ def run(*command: str | Path, cwd: Path | None = None, **env: str) -> str:
     return done.stdout
 
 
-def need(*programs: str) -> None:
-    if missing := [each for each in programs if not shutil.which(each)]:
-        debian = "apt-get install wrk golang-go nodejs npm linux-perf"
-        raise SystemExit(f"missing: {', '.join(missing)}; on Debian: {debian}")
-
-
 def prepare(kinds: set[str]) -> None:
     """Install and build what servers of these kinds need, and is not there yet."""
     NODE.mkdir(parents=True, exist_ok=True)
-    need(*(program for kind in kinds for program in PROGRAMS[kind]))
     if "python" in kinds:
         if not PEERS_PYTHON.exists():
             run(sys.executable, "-m", "venv", PEERS_PYTHON.parent.parent)

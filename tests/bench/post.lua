@@ -1,5 +1,5 @@
 -- wrk's script: every request carries the next signal of the pool, so no signal is sent twice.
--- A record of the pool has a fixed length: public key, signature, body (pool.py writes them).
+-- A record of the pool has a fixed length: public key, signature, body (wrk.py writes them).
 -- Arguments: pool file, index of the first record, the three lengths, keep or close.
 -- Run with one wrk thread: each thread would read the same records.
 

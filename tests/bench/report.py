@@ -21,32 +21,24 @@ RATE_GOALS = {
 
 
 def median(runs: Runs, what: str) -> float:
-    return float(statistics.median(getattr(run, what) for run in runs))
+    return statistics.median(getattr(run, what) for run in runs)
 
 
-def ratio(ours: Runs, theirs: Runs, what: str = "rate") -> float:
-    """Taken within each round, so that a slow minute of the disk hits both."""
-    rounds = zip(ours, theirs, strict=True)
-    return float(statistics.median(getattr(a, what) / getattr(b, what) for a, b in rounds))
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+def table(head: list[str], rows: Iterable[Iterable[str]]) -> list[str]:
     """The first column to the left, the others, figures, to the right."""
-    head = list(head)
     rule = ["---"] + ["---:"] * (len(head) - 1)
     return ["| " + " | ".join(row) + " |" for row in (head, rule, *rows)] + [""]
 
 
-def rate_and_spread(runs: Runs) -> list[str]:
-    rates = [run.rate for run in runs]
-    return [f"{statistics.median(rates):,.0f}", f"{min(rates):,.0f} to {max(rates):,.0f}"]
-
-
 def beside(rates: Rates, name: str, scenario: str) -> str:
-    """How many times this server's rate the receiver's is."""
+    """How many times this server's rate the receiver's is.
+
+    Taken within each round, so that a slow minute of the disk hits both.
+    """
     if name == "receiver":
         return ""
-    return f"{ratio(rates['receiver'][scenario], rates[name][scenario]):.2f}"
+    rounds = zip(rates["receiver"][scenario], rates[name][scenario], strict=True)
+    return f"{statistics.median(ours.rate / theirs.rate for ours, theirs in rounds):.2f}"
 
 
 def readme_table(result: Result) -> list[str]:
@@ -77,8 +69,9 @@ def rates_table(result: Result) -> list[str]:
     for scenario, load in SCENARIOS.items():
         for name, found in rates.items():
             runs = found[scenario]
-            row = [result["servers"][name].title, load, *rate_and_spread(runs)]
-            row += [beside(rates, name, scenario)]
+            row = [result["servers"][name].title, load, f"{median(runs, 'rate'):,.0f}"]
+            spread = sorted(run.rate for run in runs)
+            row += [f"{spread[0]:,.0f} to {spread[-1]:,.0f}", beside(rates, name, scenario)]
             row += [str(RATE_GOALS.get(name, {}).get(scenario, ""))]
             row += [f"{median(runs, what):{form}}" for what, form in forms.items()]
             rows.append(row)
