@@ -15,7 +15,6 @@ from harness import ROOT
 LIBFAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 needs_faketime = pytest.mark.skipif(LIBFAKETIME is None, reason="needs Debian's libfaketime")
 
-NODE = shutil.which("node")
 MODULES = Path(os.environ.get("LIVEAPI_NODE_MODULES", ROOT / "node_modules"))
 
 
@@ -26,6 +25,6 @@ def needs_programs(*names: str) -> Any:
 
 def needs(package: str) -> Any:
     """The mark of a test that needs node and this package of npm."""
-    there = NODE is not None and (MODULES / package).is_dir()
+    there = shutil.which("node") is not None and (MODULES / package).is_dir()
     why = f"needs node, and {package} from npm in {MODULES} or LIVEAPI_NODE_MODULES"
     return pytest.mark.skipif(not there, reason=why)

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import environment
@@ -30,11 +30,9 @@ class Server:
     instances: int = 1  # that the signals are for, in turn
 
 
-def receiver(title: str = "the receiver", program: Path = PROGRAM, instances: int = 1) -> Server:
+def receiver(title: str = "the receiver", program: Path = PROGRAM) -> Server:
     options = "--keys keys --signals signals --port {port}"
-    return Server(
-        title, "receiver", (sys.executable, str(program), *options.split()), instances=instances
-    )
+    return Server(title, "receiver", (sys.executable, str(program), *options.split()))
 
 
 def _python_peer(title: str, words: str, sync: str = "yes") -> Server:
@@ -47,7 +45,7 @@ _GUNICORN = "gunicorn flask_app:app --bind 127.0.0.1:{port} --workers=1 --worker
 
 # Each is one process, as the receiver is. The names are those that --peers takes.
 PEERS = {
-    "instances": receiver("the receiver, 50 instances in turn", instances=50),
+    "instances": replace(receiver("the receiver, 50 instances in turn"), instances=50),
     "fastapi": _python_peer("FastAPI on uvicorn, no sync", _UVICORN, sync="no"),
     "fastapi-sync": _python_peer("FastAPI on uvicorn, a sync for each line", _UVICORN),
     "flask": _python_peer("Flask on gunicorn, a sync for each line", _GUNICORN + " --threads=16"),

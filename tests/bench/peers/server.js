@@ -22,10 +22,7 @@ app.post("/live", (request, response) => {
     return;
   }
   try {
-    if (!gateway.validate(publicKey, request.body, signature)) {
-      response.status(400).send({ error: "invalid signature" });
-      return;
-    }
+    if (!gateway.validate(publicKey, request.body, signature)) throw new Error("invalid signature");
   } catch (error) {
     response.status(400).send({ error: error.message });
     return;
