@@ -24,16 +24,14 @@ QUIET = 0.7  # seconds without a byte after which a server is taken to be waitin
 APPS = """
 def wsgi(environ, start_response):
     environ["wsgi.input"].read()
-    start_response("200 OK", [("Content-Length", "2")])
+    start_response("200 OK", [])
     return [b"ok"]
 
 async def asgi(scope, receive, send):
     while (await receive()).get("more_body"):
         pass
-    headers = [(b"content-length", b"2")]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.start", "status": 200})
     await send({"type": "http.response.body", "body": b"ok"})
-
 """
 
 NODE = """
