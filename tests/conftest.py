@@ -13,6 +13,13 @@ def pair() -> Pair:
 
 
 @pytest.fixture
+def here(tmp_path: Path, pair: Pair) -> Path:
+    """A working directory with a pair of keys in it."""
+    pair.write(tmp_path / "keys")
+    return tmp_path
+
+
+@pytest.fixture
 def start(tmp_path: Path, pair: Pair) -> Iterator[Start]:
     """Start receivers in `tmp_path`; whatever is still running at the end is killed."""
     started: list[Receiver] = []

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from harness import ACCEPTED, COMMAND, Pair, Receiver, eventually, one_clear_line, payload_id, run
+from harness import Pair, Receiver, eventually, payload_id, run
 
 TRACED = re.compile(r"TracerPid:\t[1-9]")
 MEGABYTES = {"tmpfs": 8, "ext4": 64, "xfs": 320}  # the least that mkfs makes, or a little more
@@ -19,8 +19,6 @@ MEGABYTES = {"tmpfs": 8, "ext4": 64, "xfs": 320}  # the least that mkfs makes, o
 @contextmanager
 def mounted(where: Path, *arguments: str | Path) -> Iterator[Path]:
     """mount(8) at `where` as the arguments say; a skip where that cannot be done."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root, to mount a file system")
     where.mkdir(exist_ok=True)
     done = run("mount", *arguments, where)
     if done.returncode:
@@ -35,7 +33,7 @@ def mounted(where: Path, *arguments: str | Path) -> Iterator[Path]:
 def small_file_system(kind: str, where: Path) -> Iterator[Path]:
     """A file system of this kind, mounted at `where`; it is in the file `image` beside it."""
     if kind == "tmpfs":
-        with mounted(where, "-t", kind, "-o", f"size={MEGABYTES[kind]}m", kind):
+        with mounted(where, "-t", kind, "-o", f"size={MEGABYTES[kind]}m,nr_inodes=500", kind):
             yield where
         return
     if shutil.which(f"mkfs.{kind}") is None:
@@ -48,17 +46,12 @@ def small_file_system(kind: str, where: Path) -> Iterator[Path]:
         yield where
 
 
-def free_bytes(where: Path) -> int:
-    found = os.statvfs(where)
-    return found.f_bavail * found.f_frsize
-
-
 def fill(where: Path, leave: int) -> Path:
     """Take the space of a file system but for about `leave` bytes; the file that holds it."""
     ballast = where / "ballast"
     with ballast.open("ab") as file:
         for _ in range(3):  # the file system takes some for itself
-            too_much = free_bytes(where) - leave
+            too_much = shutil.disk_usage(where).free - leave
             if too_much > 0:
                 os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size + too_much)
     return ballast
@@ -123,14 +116,6 @@ def left(directory: Path, content: bytes, name: str = "current.jsonl") -> Path:
     return path
 
 
-def refused_start(
-    directory: Path, signals: Path | None = None, wrapper: tuple[str, ...] = ()
-) -> str:
-    """A start with the keys of `directory` must end with exit status 2; the one line it says."""
-    options = ("--keys", directory / "keys", "--signals", signals or directory / "signals")
-    return one_clear_line(*wrapper, *COMMAND, *options, "--port", "0")
-
-
 def stored_line(payload: bytes, received_at: str = "2031-05-06T12:00:00.000001Z") -> bytes:
     """A whole line of the log, of my-app, as an earlier run left it."""
     head = f'{{"received_at":"{received_at}","instance":"my-app","id":"{payload_id(payload)}"'
@@ -138,9 +123,7 @@ def stored_line(payload: bytes, received_at: str = "2031-05-06T12:00:00.000001Z"
 
 
 def store(receiver: Receiver, pair: Pair, *payloads: bytes) -> None:
-    """Post signals, one after the other; each must be acknowledged."""
-    for each in payloads:
-        assert receiver.post(pair, each).json == ACCEPTED
+    receiver.store(*payloads, pair=pair)
 
 
 def ids(*payloads: bytes) -> list[str]:

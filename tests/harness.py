@@ -18,7 +18,7 @@ from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPSConnection
 from pathlib import Path
-from signal import SIGSTOP
+from signal import SIGHUP, SIGSTOP, SIGTERM
 from subprocess import DEVNULL, PIPE, CompletedProcess, Popen
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "liveapi_server.py"
 COMMAND = (sys.executable, str(PROGRAM))
+SERVE = (*COMMAND, "--port", "0")  # with keys and signals in the working directory
 sys.set_int_max_str_digits(0)  # a signal's numbers may be of any size
 
 ACCEPTED = {"message": "message received"}
@@ -129,6 +130,8 @@ class Receiver:
         self.current = self.signals / "current.jsonl"  # the open segment
         for pair in pairs:
             pair.write(self.keys)
+        self.pair = next(iter(pairs), None)  # that of most tests
+        port = port or (0 if ready else next(free_ports(1)))  # it cannot be asked which it is
         self.log: list[str] = []
         command = [*wrapper, *COMMAND, "--keys", str(self.keys), "--signals", str(self.signals)]
         command += ["--port", str(port), *options]
@@ -148,7 +151,6 @@ class Receiver:
         assert self.process.stderr
         for line in self.process.stderr:
             self.log.append(line.rstrip("\n"))
-        self.log.append("(end of log)")
 
     def wait_for_log(self, pattern: str, seconds: float = 10, start: int = 0) -> str:
         """The first log line from index `start` on that matches; AssertionError if none comes."""
@@ -160,12 +162,12 @@ class Receiver:
             assert not last, f"no log line matches {pattern!r}: {self.log}"
             time.sleep(0.01)
 
-    def connect(self, timeout: float = 30) -> HTTPConnection:
+    def connect(self) -> HTTPConnection:
         host = urlsplit(self.url).hostname or ""
         if self.url.startswith("http:"):
-            return HTTPConnection(host, self.port, timeout=timeout)
+            return HTTPConnection(host, self.port, timeout=30)
         context = ssl._create_unverified_context()
-        return HTTPSConnection(host, self.port, timeout=timeout, context=context)
+        return HTTPSConnection(host, self.port, timeout=30, context=context)
 
     def request(
         self,
@@ -187,19 +189,19 @@ class Receiver:
         return self.request("GET", target, headers={"x-notificare-public-key": pair.public})
 
     def post(
-        self,
-        pair: Pair,
-        body: bytes,
-        content_type: str = "application/json",
-        connection: HTTPConnection | None = None,
-        **headers: str,
+        self, pair: Pair, body: bytes, connection: HTTPConnection | None = None, **headers: str
     ) -> Answer:
         """A signed POST of `body` to the endpoint; `headers` replace the signed ones."""
-        headers = {**pair.headers(body, content_type), **headers}
+        headers = {**pair.headers(body), **headers}
         return self.request("POST", "/live", body, headers, connection)
 
     def post_encrypted(self, pair: Pair, payload: bytes) -> Answer:
-        return self.post(pair, pair.encrypt(payload), "application/jose")
+        return self.post(pair, pair.encrypt(payload), **{"content-type": "application/jose"})
+
+    def store(self, *payloads: bytes, pair: Pair | None = None) -> None:
+        """Post signals, one after the other; each must be acknowledged."""
+        for each in payloads:
+            assert self.post(pair or self.pair, each).json == ACCEPTED
 
     def closed_segments(self) -> list[Path]:
         """The closed segments of the log, oldest first."""
@@ -236,11 +238,18 @@ class Receiver:
 
         eventually(has_stopped)
 
-    def stop(self, number: int = 15) -> int:
-        """Ask it to end, and give its exit status; the log is whole then."""
+    def reload(self, pattern: str = "reloaded: ") -> str:
+        """SIGHUP; the first log line that matches, of those that follow."""
+        before = len(self.log)
+        self.signal(SIGHUP)
+        return self.wait_for_log(pattern, start=before)
+
+    def stop(self, number: int = SIGTERM, seconds: float = 15) -> int:
+        """Ask it to end, which it must in time, with no defect in its log; the exit status."""
         self.signal(number)
-        status = self.process.wait(15)
+        status = self.process.wait(seconds)
         self._reader.join(5)
+        assert not re.search("Traceback|defect", "\n".join(self.log)), self.log
         return status
 
     def kill(self) -> None:
@@ -266,8 +275,8 @@ def running(*command: str, cwd: Path) -> Iterator[tuple[Popen[str], Any, Any]]:
             process.kill()
 
 
-def one_clear_line(*command: str | Path, cwd: str | Path = "/tmp") -> str:
-    """What is said by a start that is a mistake."""
+def refusal(*command: str | Path, cwd: str | Path = "/tmp") -> str:
+    """What a start says that is a mistake: one clear line, and the exit status 2."""
     result = run(*command, cwd=cwd)
     assert result.returncode == 2, result
     (line,) = result.stderr.strip().splitlines()

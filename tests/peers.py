@@ -6,6 +6,7 @@ import http.server
 import ipaddress
 import json
 import re
+import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from harness import ACCEPTED, Pair, Receiver, content_key
+from harness import ACCEPTED, Pair, Receiver, content_key, eventually
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,35 @@ def serve_endpoint(endpoint: Endpoint) -> Iterator[Endpoint]:
             yield endpoint
         finally:
             server.shutdown()
+
+
+class Manager:
+    """A service manager of our own: it hears what the receiver says of itself (sd_notify(3))."""
+
+    def __init__(self, address: Path) -> None:
+        self.env = {"NOTIFY_SOCKET": str(address)}
+        self.watching = {**self.env, "WATCHDOG_USEC": "1000000"}  # wants a ping each second, too
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(str(address))
+        self.heard: list[dict[str, str]] = []
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        while message := self.socket.recv(65536).decode():
+            self.heard.append(dict(line.split("=", 1) for line in message.splitlines()))
+
+    def told(self, name: str) -> list[str]:
+        """The values that `name` was given, in order."""
+        return [each[name] for each in self.heard if name in each]
+
+    def says(self, pattern: str, seconds: float = 10) -> None:
+        """Wait until the last STATUS= matches."""
+        eventually(lambda: re.search(pattern, (self.told("STATUS") or [""])[-1]), seconds)
+
+    def is_told_in_time(self) -> None:
+        """It goes on saying that it is alive, more often than once a second."""
+        enough = len(self.told("WATCHDOG")) + 4
+        eventually(lambda: len(self.told("WATCHDOG")) >= enough, seconds=4)
 
 
 def at_once(count: int, act: Callable[[int], Any], within: float = 60) -> list[Any]:

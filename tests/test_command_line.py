@@ -25,7 +25,7 @@ from harness import (
     Start,
     bash,
     eventually,
-    one_clear_line,
+    refusal,
     run,
     running,
     signal_payload,
@@ -115,7 +115,7 @@ def test_a_mistake_is_one_clear_line_and_status_2(made: tuple[Path, str], case: 
     _, given, named = (part.strip().replace("{used}", used) for part in case.split("|"))
     for word in shlex.split(named):
         words = shlex.split(given.replace("{}", shlex.quote(word)))
-        line = one_clear_line(*COMMAND, *words, cwd=directory)
+        line = refusal(*COMMAND, *words, cwd=directory)
         for name in (*re.findall(r"(--\S+) {}", given), word):
             assert name in line
     assert not (directory / "signals").exists(), "a mistake leaves no directory behind"
@@ -128,13 +128,13 @@ def test_a_python_that_is_too_old_is_one_clear_line_and_status_2(version: str) -
     python = next(iter(places), None) or shutil.which(f"python{version}")
     if python is None:
         pytest.skip(f"no Python {version} on this machine")
-    assert "3.11" in one_clear_line(python, PROGRAM)
+    assert "3.11" in refusal(python, PROGRAM)
 
 
 def test_it_says_what_to_install_where_cryptography_is_missing(tmp_path: Path) -> None:
     (tmp_path / "cryptography.py").write_text("raise ImportError('not here')\n")
     without = ("env", f"PYTHONPATH={tmp_path}")
-    assert "cryptography" in one_clear_line(*without, *COMMAND, "demo")
+    assert "cryptography" in refusal(*without, *COMMAND, "demo")
 
 
 # --- Starting ---------------------------------------------------------------------------------

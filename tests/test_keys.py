@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from harness import ACCEPTED, COMMAND, Pair, Receiver, Start, one_clear_line, signal_payload
+from harness import ACCEPTED, COMMAND, Pair, Receiver, Start, refusal, signal_payload
 
 from liveapi_server import OperatorError, load_instances
 
@@ -153,7 +153,7 @@ def test_a_key_that_may_not_be_read_names_the_command_that_mends_it(tmp_path: Pa
     os.chown(tmp_path / "keys" / "my-app.private", 12345, 12345)
     # Root without its power to read what is another's.
     barred = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
-    line = one_clear_line(*barred, *COMMAND, "--port", "0", cwd=tmp_path)
+    line = refusal(*barred, *COMMAND, "--port", "0", cwd=tmp_path)
     assert "my-app.private" in line
     assert "systemd-tmpfiles --create liveapi.conf" in line
 
