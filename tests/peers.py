@@ -11,8 +11,7 @@ import ssl
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -70,22 +69,24 @@ def make_certificate(directory: Path, stem: str = "tls") -> Certificate:
     return files
 
 
-Reply = tuple[int, dict[str, str] | str]
+Reply = tuple[int, dict[str, str] | str]  # the status; JSON, or text
 
 
-@dataclass
-class Endpoint:
-    """A second party's endpoint, written from the vendor's table; it decrypts with joserfc.
+class Endpoint(http.server.ThreadingHTTPServer):
+    """A second party's on loopback, written from the vendor's table; it decrypts with joserfc.
 
     `fault` is the number of a call that it answers wrongly, so that `check` has something to find.
     """
 
-    pair: Pair
-    fault: int = -1
-    signals: list[bytes] = field(default_factory=list)
-    decrypted: list[bytes] = field(default_factory=list)
-    seen: list[str] = field(default_factory=list)
-    url: str = ""
+    def __init__(self, pair: Pair, fault: int = -1) -> None:
+        super().__init__(("127.0.0.1", 0), EndpointHandler)
+        self.pair, self.fault, self.url = pair, fault, f"http://127.0.0.1:{self.server_port}/live"
+        self.signals, self.decrypted, self.seen = list[bytes](), list[bytes](), list[str]()
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+    def server_close(self) -> None:
+        self.shutdown()
+        super().server_close()
 
     def answer(self, target: str, headers: Any, body: bytes | None) -> Reply:
         """The answer to a GET, which has no body, or to a POST."""
@@ -117,42 +118,30 @@ class Endpoint:
         return found.plaintext
 
 
-@contextmanager
-def serve_endpoint(endpoint: Endpoint) -> Iterator[Endpoint]:
-    """Serve it on loopback; its `url` is known then."""
+class EndpointHandler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Endpoint
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    def do_GET(self) -> None:
+        self.reply(None)
 
-        def do_GET(self) -> None:
-            self.reply(None)
+    def do_POST(self) -> None:
+        self.reply(self.rfile.read(int(self.headers.get("content-length", "0"))))
 
-        def do_POST(self) -> None:
-            self.reply(self.rfile.read(int(self.headers.get("content-length", "0"))))
+    def reply(self, body: bytes | None) -> None:
+        status, said = self.server.answer(self.path, self.headers, body)
+        if self.server.fault == len(self.server.seen):
+            wrong = (200, ACCEPTED) if status != 200 else (503, {"error": "disk full"})
+            status, said = (200, said.swapcase()) if isinstance(said, str) else wrong
+        self.server.seen.append(self.path)
+        text = said if isinstance(said, str) else json.dumps(said, separators=(",", ":"))
+        self.send_response(status)
+        self.send_header("content-length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
 
-        def reply(self, body: bytes | None) -> None:
-            status, said = endpoint.answer(self.path, self.headers, body)
-            if endpoint.fault == len(endpoint.seen):
-                wrong = (200, ACCEPTED) if status != 200 else (503, {"error": "disk full"})
-                status, said = (200, said.swapcase()) if isinstance(said, str) else wrong
-            endpoint.seen.append(self.path)
-            text = said if isinstance(said, str) else json.dumps(said, separators=(",", ":"))
-            self.send_response(status)
-            self.send_header("content-type", "text/plain" if text is said else "application/json")
-            self.send_header("content-length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text.encode())
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        endpoint.url = f"http://127.0.0.1:{server.server_address[1]}/live"
-        try:
-            yield endpoint
-        finally:
-            server.shutdown()
+    def log_message(self, *_: Any) -> None:
+        pass
 
 
 class Manager:

@@ -7,32 +7,19 @@ import shlex
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Iterator
 from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 
 import pytest
-from harness import (
-    COMMAND,
-    PROGRAM,
-    ROOT,
-    Pair,
-    Start,
-    bash,
-    eventually,
-    refusal,
-    run,
-    running,
-    signal_payload,
-)
-from peers import Certificate, Endpoint, Reply, make_certificate, serve_endpoint
+from harness import COMMAND, ROOT, SERVE, Pair, Start, bash, eventually, refusal, run, running
+from peers import Certificate, Endpoint, Reply, make_certificate
 
-(VERSION,) = re.findall(r'^__version__\s*=\s*"([^"]+)"', PROGRAM.read_text(), re.MULTILINE)
+from liveapi_server import __version__
+
 CHECK = "re.notifica.event.custom.liveapi_check"
 TYPES = """application.Install application.Registration application.Uninstall application.Upgrade
 application.Open application.Close application.Exception push.Registration notification.Sent
@@ -41,13 +28,6 @@ email.Subscribe email.Unsubscribe email.Bounce email.Complaint email.Deactivate 
 email.LinkTracked sms.Subscribe sms.AutoSubscribe sms.OptIn sms.Unsubscribe sms.Nondeliverable
 sms.Incoming sms.Charged region.Session beacon.Session scannable.Scan link.Click pass.Add
 pass.Remove pass.Redeem product.Buy asset.Load""".split()
-
-
-@pytest.fixture
-def home(tmp_path: Path, pair: Pair) -> Path:
-    """A working directory with a pair of keys."""
-    pair.write(tmp_path / "keys")
-    return tmp_path
 
 
 # --- Mistakes ---------------------------------------------------------------------------------
@@ -93,32 +73,24 @@ check with an option of serve      | check http://[::1]:1/live --port 80        
 """
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
-    """A directory with what a faultless start would need, and faulty files; a port in use."""
-    directory = tmp_path_factory.mktemp("mistakes")
-    Pair("my-app").write(directory / "keys")
-    Pair("half").write(directory / "half")
-    (directory / "half" / "half.private").unlink()
-    (directory / "text").write_text("words\n")
-    (directory / "fifo").mkdir()
-    os.mkfifo(directory / "fifo" / ".lock")
-    for stem in ("tls", "other"):
-        make_certificate(directory, stem)
-    with socket.create_server(("127.0.0.1", 0)) as holder:
-        yield directory, str(holder.getsockname()[1])
-
-
 @pytest.mark.parametrize("case", MISTAKES.strip().splitlines(), ids=lambda line: line.split("|")[0])
-def test_a_mistake_is_one_clear_line_and_status_2(made: tuple[Path, str], case: str) -> None:
-    directory, used = made
-    _, given, named = (part.strip().replace("{used}", used) for part in case.split("|"))
-    for word in shlex.split(named):
-        words = shlex.split(given.replace("{}", shlex.quote(word)))
-        line = refusal(*COMMAND, *words, cwd=directory)
-        for name in (*re.findall(r"(--\S+) {}", given), word):
-            assert name in line
-    assert not (directory / "signals").exists(), "a mistake leaves no directory behind"
+def test_a_mistake_is_one_clear_line_and_status_2(here: Path, case: str) -> None:
+    (here / "half").mkdir()
+    (here / "half/half.public").write_text("x")
+    (here / "text").write_text("words\n")
+    (here / "fifo").mkdir()
+    os.mkfifo(here / "fifo/.lock")
+    for stem in ("tls", "other"):
+        make_certificate(here, stem)
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        used = str(holder.getsockname()[1])
+        _, given, named = (part.strip().replace("{used}", used) for part in case.split("|"))
+        for word in shlex.split(named):
+            words = shlex.split(given.replace("{}", shlex.quote(word)))
+            line = refusal(*COMMAND, *words, cwd=here)
+            for name in (*re.findall(r"(--\S+) {}", given), word):
+                assert name in line
+    assert not (here / "signals").exists(), "a mistake leaves no directory behind"
 
 
 # Those before 3.8 cannot parse the file, so that nothing in it can say so.
@@ -128,43 +100,42 @@ def test_a_python_that_is_too_old_is_one_clear_line_and_status_2(version: str) -
     python = next(iter(places), None) or shutil.which(f"python{version}")
     if python is None:
         pytest.skip(f"no Python {version} on this machine")
-    assert "3.11" in refusal(python, PROGRAM)
+    assert "3.11" in refusal(python, COMMAND[1])
 
 
 def test_it_says_what_to_install_where_cryptography_is_missing(tmp_path: Path) -> None:
     (tmp_path / "cryptography.py").write_text("raise ImportError('not here')\n")
-    without = ("env", f"PYTHONPATH={tmp_path}")
-    assert "cryptography" in refusal(*without, *COMMAND, "demo")
+    assert "cryptography" in refusal("env", f"PYTHONPATH={tmp_path}", *COMMAND, "demo")
 
 
 # --- Starting ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [
-        ("--version", VERSION),
-        ("serve --version", VERSION),
-        ("--help", "serve check demo"),
-        ("-h", "serve check demo"),
-        ("serve --help", "--keys"),  # test_readme.py has them all
-        ("check --help", "URL --keys --instance --insecure"),
-        ("demo --help", "--console"),
-    ],
-)
-def test_version_and_help_are_printed_with_status_0(words: str, named: str) -> None:
+PRINTED = {
+    "--version": __version__,
+    "serve --version": __version__,
+    "--help": "serve check demo",
+    "-h": "serve check demo",
+    "serve --help": "--keys",  # test_readme.py has them all
+    "check --help": "URL --keys --instance --insecure",
+    "demo --help": "--console",
+}
+
+
+@pytest.mark.parametrize("words", PRINTED)
+def test_version_and_help_are_printed_with_status_0(words: str) -> None:
     result = run(*COMMAND, *words.split())
     assert (result.returncode, result.stderr) == (0, "")
-    assert [word for word in named.split() if word not in result.stdout] == []
+    assert [word for word in PRINTED[words].split() if word not in result.stdout] == []
 
 
 @pytest.mark.parametrize("command", [[], ["serve"]], ids=["serve is not said", "serve is said"])
-def test_without_paths_keys_and_signals_are_here(home: Path, command: list[str]) -> None:
-    with running(*COMMAND, *command, "--port", "0", cwd=home) as (process, _, log):
+def test_without_paths_keys_and_signals_are_here(here: Path, command: list[str]) -> None:
+    with running(*COMMAND, *command, "--port", "0", cwd=here) as (process, _, log):
         assert any("/live" in line and "http://127.0.0.1:" in line for line in log)
         process.terminate()
         assert process.wait(10) == 0
-    assert (home / "signals" / "current.jsonl").is_file()
+    assert (here / "signals" / "current.jsonl").is_file()
 
 
 def test_one_line_says_that_it_is_ready_with_the_url_and_the_instances(start: Start) -> None:
@@ -201,20 +172,18 @@ sys.exit(liveapi_server.main())"""
 
 
 @pytest.mark.parametrize("log", ["read", "closed"])
-def test_a_defect_in_a_thread_ends_it_with_status_1_whatever_the_log(home: Path, log: str) -> None:
+def test_a_defect_in_a_thread_ends_it_with_status_1_whatever_the_log(here: Path, log: str) -> None:
     wrapper = bash('exec "$@"' + " 2>&-" * (log == "closed"))
-    result = run(*wrapper, *broken("SignalLog.run"), *COMMAND, "--port", "0", cwd=home)
+    result = run(*wrapper, *broken("SignalLog.run"), *SERVE, cwd=here)
     assert result.returncode == 1, result.stderr
     assert ("division by zero" in result.stderr) == (log == "read")
 
 
 @pytest.mark.parametrize("method", ["SignalLog._write", "Figures.count"], ids=["log", "handler"])
-def test_a_defect_while_a_signal_is_stored_ends_it_with_status_1(
-    start: Start, pair: Pair, method: str
-) -> None:
+def test_a_defect_while_a_signal_is_stored_ends_it_with_status_1(start: Start, method: str) -> None:
     receiver = start(wrapper=broken(method))
     with suppress(OSError, HTTPException):
-        receiver.post(pair, signal_payload())
+        receiver.store(b"{}")
     assert receiver.process.wait(10) == 1
 
 
@@ -226,50 +195,45 @@ ROWS = ["verif", "sign", "again", "encrypt", "tamper", "unsigned", "unknown"]
 
 def rows(text: str) -> list[str]:
     """The lines of check's calls: each tells a time and a verdict."""
-    call = re.compile(r"(?=.*\d ?m?s\b).*\b(ok|FAILED)\b")
-    return [line for line in text.splitlines() if call.search(line)]
+    return re.findall(r"(?m)^(?=.*\d ?m?s\b).*\b(?:ok|FAILED)\b.*", text)
 
 
-def check(directory: Path, url: str, *options: str) -> subprocess.CompletedProcess[str]:
+def check(directory: Path, url: str, *options: str, status: int = 0) -> str:
+    """What a check says that ends with this status."""
     result = run(*COMMAND, "check", url, *options, cwd=directory)
-    assert "Traceback" not in result.stdout + result.stderr
-    return result
+    said = result.stdout + result.stderr
+    assert result.returncode == status, said
+    assert "Traceback" not in said
+    return said
 
 
-def test_check_finds_nothing_wrong_with_the_receiver_and_can_be_run_again(start: Start) -> None:
-    receiver = start(pairs=(Pair("one"), Pair("two")))
-    first, second = (check(receiver.directory, receiver.url) for _ in range(2))
-    assert (first.returncode, second.returncode) == (0, 0), first.stdout + first.stderr
-    assert "FAILED" not in first.stdout
-    assert "\x1b" not in first.stdout
-    calls = rows(first.stdout)
-    for line, tried in zip(calls, ROWS * 2, strict=True):
+def test_check_finds_nothing_wrong_with_the_receiver_by_any_pair_or_again(start: Start) -> None:
+    pairs = (Pair("one"), Pair("shop"), Pair("shop@new"))
+    receiver = start(pairs=pairs)
+    said = check(receiver.directory, receiver.url)
+    assert "FAILED" not in said
+    assert "\x1b" not in said
+    calls = rows(said)
+    for line, tried in zip(calls, ROWS * 3, strict=True):
         assert tried in line.lower(), "what was tried is not said"
         assert re.search(r"\b(200|400)\b", line), "the answer is not said"
-    whole = " ".join(line for line in first.stdout.splitlines() if line not in calls)
+    whole = " ".join(line for line in said.splitlines() if line not in calls)
     assert re.search(r"Dashboard.*Verify", whole), "that only Verify can tell is not said"
-    for name in ("one", "two"):
-        assert name in first.stdout
-        assert [line["signal"]["type"] for line in receiver.lines(name)] == [CHECK] * 4
-    assert len(set(receiver.ids())) == 8
+    assert re.search("one.*shop", said, re.DOTALL)
+    receiver.keys.rename(receiver.directory / "elsewhere")
+    options = ("--instance", "shop", "--keys", "elsewhere")
+    alone = check(receiver.directory, receiver.url, *options)
+    assert len(rows(alone)) == 2 * len(ROWS)
+    for name, count in (("one", 2), ("shop", 8)):
+        assert [line["signal"]["type"] for line in receiver.lines(name)] == [CHECK] * count
+    assert len(set(receiver.ids())) == 10
+    for pair in pairs:
+        assert not re.search(f"{pair.private}|{pair.public}", said + alone)
 
 
-def test_check_plays_each_pair_of_an_instance_and_of_the_named_instance_alone(start: Start) -> None:
-    pairs = (Pair("shop"), Pair("shop@new"), Pair("other"))
-    receiver = start(pairs=pairs)
-    home = receiver.keys.rename(receiver.directory / "elsewhere").parent
-    result = check(home, receiver.url, "--instance", "shop", "--keys", "elsewhere")
-    assert result.returncode == 0, result.stdout
-    assert len(rows(result.stdout)) == 2 * len(ROWS)
-    assert {line["instance"] for line in receiver.lines()} == {"shop"}
-    for key in (key for pair in pairs for key in (pair.private, pair.public)):
-        assert key not in result.stdout + result.stderr
-
-
-def test_check_passes_a_second_party_and_keeps_the_urls_query(home: Path, pair: Pair) -> None:
-    with serve_endpoint(Endpoint(pair)) as endpoint:
-        result = check(home, endpoint.url + "?tenant=7")
-    assert result.returncode == 0, result.stdout + result.stderr
+def test_check_passes_a_second_party_and_keeps_the_urls_query(here: Path, pair: Pair) -> None:
+    with Endpoint(pair) as endpoint:
+        check(here, endpoint.url + "?tenant=7")
     assert len(endpoint.seen) == len(ROWS)
     assert all("tenant=7" in target for target in endpoint.seen)
     assert endpoint.decrypted, "nothing came that another party's JOSE library could decrypt"
@@ -280,18 +244,17 @@ def test_check_passes_a_second_party_and_keeps_the_urls_query(home: Path, pair: 
 
 
 @pytest.mark.parametrize("fault", range(len(ROWS)), ids=ROWS)
-def test_check_finds_what_an_endpoint_gets_wrong(home: Path, pair: Pair, fault: int) -> None:
-    with serve_endpoint(Endpoint(pair, fault)) as endpoint:
-        result = check(home, endpoint.url)
-    assert result.returncode == 1, result.stdout + result.stderr
-    failed = ["FAILED" in line for line in rows(result.stdout)]
+def test_check_finds_what_an_endpoint_gets_wrong(here: Path, pair: Pair, fault: int) -> None:
+    with Endpoint(pair, fault) as endpoint:
+        said = check(here, endpoint.url, status=1)
+    failed = ["FAILED" in line for line in rows(said)]
     assert failed == [number == fault for number in range(len(ROWS))]
 
 
-def said_once(result: subprocess.CompletedProcess[str]) -> str:
-    """What check says of an endpoint that none of its calls can reach."""
-    assert result.returncode == 1, result.stdout + result.stderr
-    said = (result.stdout + result.stderr).strip()
+def said_once(directory: Path, url: str, *options: str) -> str:
+    """What check says of an endpoint that none of its calls can reach, with several pairs."""
+    Pair("another").write(directory / "keys")
+    said = check(directory, url, *options, status=1).strip()
     assert not re.search(r"\bok\b", said)
     assert len(rows(said)) <= 1
     assert len(said.splitlines()) <= 4, said
@@ -299,15 +262,12 @@ def said_once(result: subprocess.CompletedProcess[str]) -> str:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "no-such-host.invalid"])
-def test_where_nothing_answers_check_says_so_once(home: Path, address: str) -> None:
-    Pair("other").write(home / "keys")
-    said_once(check(home, f"http://{address}/live"))
+def test_where_nothing_answers_check_says_so_once(here: Path, address: str) -> None:
+    assert address in said_once(here, f"http://{address}/live")
 
 
 @pytest.mark.parametrize("words", [b"220 mail.example ESMTP\r\n", b""], ids=["mail", "nothing"])
-def test_where_no_http_is_spoken_check_says_so_once_and_stops(home: Path, words: bytes) -> None:
-    Pair("other").write(home / "keys")
-
+def test_where_no_http_is_spoken_check_says_so_once_and_stops(here: Path, words: bytes) -> None:
     def speak() -> None:
         with listener.accept()[0] as connection:
             connection.recv(65536)
@@ -315,7 +275,7 @@ def test_where_no_http_is_spoken_check_says_so_once_and_stops(home: Path, words:
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=speak, daemon=True).start()
-        said_once(check(home, f"http://127.0.0.1:{listener.getsockname()[1]}/live"))
+        said_once(here, f"http://127.0.0.1:{listener.getsockname()[1]}/live")
         listener.settimeout(0)
         with pytest.raises(BlockingIOError):
             listener.accept()  # nobody has come again
@@ -325,16 +285,16 @@ def test_check_names_the_other_scheme_and_trusts_whom_it_should(
     start: Start, tmp_path: Path, certificate: Certificate
 ) -> None:
     secure, clear = start(*certificate.options), start("--signals", "others")
-    said = said_once(check(tmp_path, clear.url.replace("http:", "https:"), "--insecure"))
+    said = said_once(tmp_path, clear.url.replace("http:", "https:"), "--insecure")
     assert re.search(r"(?i)no TLS|not (speak )?TLS|plain|\bhttp://", said)
-    said = said_once(check(tmp_path, secure.url.replace("https:", "http:")))
+    said = said_once(tmp_path, secure.url.replace("https:", "http:"))
     assert re.search(r"TLS|https", said)
-    assert "certificate" in said_once(check(tmp_path, secure.url))
+    assert "certificate" in said_once(tmp_path, secure.url)
     assert not secure.raw()
-    assert check(tmp_path, secure.url, "--insecure").returncode == 0
+    check(tmp_path, secure.url, "--insecure", "--instance", "my-app")
 
 
-def test_check_shows_lines_at_once_and_bears_a_reader_that_leaves(home: Path, pair: Pair) -> None:
+def test_check_shows_lines_at_once_and_bears_a_reader_that_leaves(here: Path, pair: Pair) -> None:
     first_line_read = threading.Event()
 
     class Slow(Endpoint):
@@ -343,8 +303,8 @@ def test_check_shows_lines_at_once_and_bears_a_reader_that_leaves(home: Path, pa
             return super().answer(target, headers, body)
 
     with (
-        serve_endpoint(Slow(pair)) as endpoint,
-        running(*COMMAND, "check", endpoint.url, cwd=home) as (process, out, errors),
+        Slow(pair) as endpoint,
+        running(*COMMAND, "check", endpoint.url, cwd=here) as (process, out, errors),
     ):
         assert any(map(rows, out))
         out.close()
