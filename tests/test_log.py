@@ -64,7 +64,7 @@ def test_segments_have_mode_0640_whatever_the_umask(start: Start, umask: str) ->
 
 
 @pytest.mark.parametrize(("dedupe", "lines"), [("65536", 1), ("0", 50)])
-def test_copies_are_one_line_or_without_dedupe_all(start: Start, dedupe: str, lines: int) -> None:
+def test_copies_are_one_line_or_fifty_without_dedupe(start: Start, dedupe: str, lines: int) -> None:
     receiver, payload = start("--dedupe", dedupe), signal_payload()
     # A copy that was refused is not remembered.
     assert receiver.post(receiver.pair, payload, **{"x-notificare-signature": "bm8="}).status == 400
