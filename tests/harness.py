@@ -203,6 +203,11 @@ class Receiver:
         for each in payloads:
             assert self.post(pair or self.pair, each).json == ACCEPTED
 
+    def console_port(self) -> int:
+        """Where its console listens; there must be one."""
+        line = self.wait_for_log("console.*http://")
+        return urlsplit(re.findall(r"http://[^\s,;]+", line)[0]).port or 0
+
     def closed_segments(self) -> list[Path]:
         """The closed segments of the log, oldest first."""
         return sorted(self.signals.glob("????????T??????.??????Z.jsonl"))

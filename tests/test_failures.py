@@ -304,7 +304,7 @@ def hanging(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
 
 def test_while_the_disk_hangs_what_needs_no_disk_is_done_in_time(hanging: Kept) -> None:
     receiver, fresh = hanging.receiver, Pair("fresh")
-    console = int(receiver.wait_for_log("console on").rpartition(":")[2].rstrip("/"))
+    console = receiver.console_port()
     with within(2):
         assert receiver.verify(receiver.pair).status == 200
         receiver.store(hanging.payload)
