@@ -214,7 +214,9 @@ def trouble(kind: str, receiver: Receiver) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("kind", [*FAULTS, TOO_LARGE, *OBSTACLES])
-def test_unable_to_store_it_says_so_and_recovers(tmp_path: Path, start: Start, kind: str) -> None:
+def test_while_nothing_can_be_stored_it_says_so_and_serves_the_rest_and_then_a_new_segment_is_used(
+    tmp_path: Path, start: Start, kind: str
+) -> None:
     manager, lost = Manager(tmp_path / "notify"), signal_payload()
     kept = Kept(receiver := start(env=manager.watching))
     with trouble(kind, receiver):
