@@ -92,6 +92,7 @@ SIZED = post(b"Content-Length: %b") + BODY
 CODED = post(b"Transfer-Encoding: %b") + CHUNKS
 CHUNK_SIZE = chunked(b"%b\r\n{   }\r\n0\r\n\r\n")
 EXTENSION = chunked(b"5%b\r\n{   }\r\n0\r\n\r\n")
+OLD = post(b"Connection: %b", b"Content-Length: 5", version=b"HTTP/1.0") + BODY
 TRAILER = chunked(b"5\r\n{   }\r\n0\r\n%b\r\n\r\n")
 
 # fmt: off
@@ -216,11 +217,18 @@ REFUSED = [
     Case("6585 §5", "fields over 32 KiB together", get(*[b"A: " + b"b" * 1000] * 40), (431,)),
 ]
 
+LAST = [  # right, and no other request may follow on the connection
+    Case("9112 §3.2", "HTTP/1.0 without Host", b"GET /status HTTP/1.0\r\n\r\n"),
+    Case("9112 §6.3", "body in HTTP/1.0", post(b"Content-Length: 5", version=b"HTTP/1.0") + BODY),
+    Case("9112 §9.3", "HTTP/1.0 with two options", OLD.replace(b"%b", b"keep-alive, close")),
+    *each("9112 §9.6", "Connection:", get(b"Connection: %b"), b"x ,\tClose , y",
+          b"x\r\nConnection: close"),
+]
 ACCEPTED = [
+    *LAST,
     Case("9112 §2.2", "an empty line before the request", b"\r\n" + STATUS),
     *[Case("9110 §2.5", "HTTP of a later minor version", get(line=b"GET /status HTTP/" + version))
       for version in (b"1.2", b"1.9")],
-    Case("9112 §3.2", "HTTP/1.0 without Host", b"GET /status HTTP/1.0\r\n\r\n"),
     Case("9112 §3.2.2", "absolute-form without a path", get(line=b"GET http://a HTTP/1.1")),
     Case("9112 §3.2.2", "absolute-form without a path", get(line=b"GET http://a?b HTTP/1.1")),
     *each("9112 §3.2.2", "absolute-form", TARGET, b"http://a/status", b"http://a:80/status",
@@ -239,7 +247,6 @@ ACCEPTED = [
     Case("9112 §6.3", "POST with neither length nor chunks", post(body=b"")),
     *each("9112 §6.3", "Content-Length", SIZED, b"  5  ", b"005"),
     Case("9112 §6.3", "body of 1 MiB", post(b"Content-Length: 1048576", body=LARGE) + LARGE),
-    Case("9112 §6.3", "body in HTTP/1.0", post(b"Content-Length: 5", version=b"HTTP/1.0") + BODY),
     Case("9112 §7", "a coding in another case", post(b"transfer-encoding: CHUNKED") + CHUNKS),
     *each("9112 §7.1", "chunks", chunked(b"%b"), CHUNKS, b"005\r\n{   }\r\n000\r\n\r\n",
           b"1\r\n{\r\n3\r\n   \r\n1\r\n}\r\n0\r\n\r\n",
@@ -248,6 +255,8 @@ ACCEPTED = [
     Case("9112 §7.1", "a body of 1 MiB in any number of chunks", spread(MIB, 32)),
     *each("9112 §7.1.1", "chunk extension", EXTENSION, b";a", b";a=b", b";a;b=c", b';a="b"',
           b';a=""', b';a="b c\t;\\""', b";a=!#$%&'*+-.^_`|~"),
+    Case("9112 §9.3", "HTTP/1.0 that asks to go on", OLD.replace(b"%b", b"x,Keep-Alive")),
+    Case("9112 §9.6", "another option", get(b"Connection: closed")),
     *each("9110 §9", "method", get(line=b"%b HTTP/1.1"), b"BREW /status", b"get /status",
           b"!#$%&'*+-.^_`|~9 /status", b"TRACE /status", b"CONNECT a:80", b"CONNECT *"),
     Case("9110 §7.8", "an upgrade that is not offered",

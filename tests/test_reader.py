@@ -16,7 +16,6 @@ from corpus import (
     agree,
     chunked,
     full,
-    get,
     post,
     read_all,
 )
@@ -45,25 +44,6 @@ def test_mistakes_are_told_apart_by_their_reasons_and_refused_while_they_come() 
         assert case.statuses == (413,) or file.tell() < 40_000, f"{case}: it read on"
         reasons.add(refusal.reason)
     assert len(reasons) >= 22
-
-
-OLD = b"GET / HTTP/1.0"
-
-
-@pytest.mark.parametrize(
-    ("data", "closes"),
-    [
-        (STATUS, False),
-        (get(b"Connection: x ,\tClose , y"), True),
-        (get(b"Connection: x", b"Connection: close"), True),
-        (get(b"Connection: closed"), False),
-        (get(line=OLD), True),
-        (get(b"Connection: Keep-Alive", line=OLD), False),
-        (get(b"Connection: keep-alive, close", line=OLD), True),
-    ],
-)
-def test_a_head_says_whether_another_request_follows(data: bytes, closes: bool) -> None:
-    assert read_head(io.BytesIO(data)).close == closes
 
 
 TRAILING = chunked(b'5;a="b"\r\n{   }\r\n0\r\nA: b\r\n\r\n')
