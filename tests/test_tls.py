@@ -3,7 +3,6 @@
 import signal
 import socket
 import ssl
-import struct
 import warnings
 from contextlib import suppress
 
@@ -39,11 +38,11 @@ def test_verify_and_pipelined_and_large_signals_work_over_tls_with_the_given_cer
 
 def test_who_leaves_before_or_in_the_handshake_ends_no_more(secure: Receiver, pair: Pair) -> None:
     for said in [b""] * 200 + [b"\x16\x03\x01\x00"] * 20:
-        with socket.create_connection(("127.0.0.1", secure.port)) as gone:
-            gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            gone.sendall(said)
+        with Wire(secure.port) as gone:
+            gone.end_by_a_reset()
+            gone.send(said)
             if not said:  # its end comes before the reset: the socket can no longer be wrapped
-                gone.shutdown(socket.SHUT_WR)
+                gone.half_close()
     assert secure.post(pair, signal_payload()).json == ACCEPTED
     assert "Traceback" not in "".join(secure.log)
 

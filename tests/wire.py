@@ -3,7 +3,7 @@
 import re
 import socket
 import ssl
-import time
+import struct
 from typing import Self
 
 from harness import Answer, Pair
@@ -61,13 +61,12 @@ class Wire:
     def send(self, data: bytes) -> None:
         self.socket.sendall(data)
 
-    def drip(self, data: bytes, pause: float) -> None:
-        for i in range(len(data)):
-            self.send(data[i : i + 1])
-            time.sleep(pause)
-
     def half_close(self) -> None:
         self.socket.shutdown(socket.SHUT_WR)
+
+    def end_by_a_reset(self) -> None:
+        """When it is closed here."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     def _more(self) -> bool:
         data = self.socket.recv(65536)
