@@ -332,7 +332,7 @@ def read_all(file: BufferedIOBase, max_body: int = MAX_BODY) -> tuple[list[Read]
         return requests, refusal
 
 
-def check_reading(data: bytes, pieces: Iterable[int]) -> None:
+def check_reading(data: bytes, pieces: Iterable[int]) -> list[Read]:
     """Any bytes, whole or in pieces of these sizes: only requests, and a refusal with a reason."""
     requests, refusal = read_all(io.BytesIO(data))
     if refusal is not None:
@@ -347,6 +347,7 @@ def check_reading(data: bytes, pieces: Iterable[int]) -> None:
         assert found.length in (None, len(body))
         assert b"transfer-encoding" not in found.fields or b"content-length" not in found.fields
         assert not any(byte < 32 and byte != 9 for byte in b"".join(found.fields.values()))
+    return requests
 
 
 def agree(data: bytes, read: Read) -> None:
