@@ -286,7 +286,7 @@ SPICE = [b"\r", b"\n", b"\r\n", b"\0", b" ", b"\t", b":", b"\xff", b"\x85", b"\x
 # fmt: on
 
 
-def mutant(dice: random.Random, pair: Pair) -> bytes:
+def mutant(dice: random.Random) -> bytes:
     """A case with lines or the body of others and a mistake or a few; never rightly signed."""
 
     def some() -> tuple[list[bytes], bytes]:
@@ -298,7 +298,7 @@ def mutant(dice: random.Random, pair: Pair) -> bytes:
     if dice.random() < 0.2:
         body = some()[1] or body
     if dice.random() < 0.7:
-        key, wrong = pair.public.encode(), pair.sign(b"another body").encode()
+        key, wrong = PAIR.public.encode(), PAIR.sign(b"another body").encode()
         fields += [b"x-notificare-public-key: " + key, b"x-notificare-signature: " + wrong]
     for _ in range(dice.choice([0, 0, 0, 1, 1, 2, 3])):
         theirs = [field for field in some()[0][1:] if field != b"Host: a"]

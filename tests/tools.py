@@ -1,4 +1,4 @@
-"""What some tests need beside Python, and the marks that skip them where it is missing.
+"""What some tests need beside Python or time, and the marks that skip them where it is missing.
 
 Debian's packages by their names; npm's are looked for in `node_modules` beside liveapi_server.py,
 or where LIVEAPI_NODE_MODULES says: npm install --no-save notificare-live-api-node jose
@@ -16,6 +16,11 @@ LIBFAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 needs_faketime = pytest.mark.skipif(LIBFAKETIME is None, reason="needs Debian's libfaketime")
 
 MODULES = Path(os.environ.get("LIVEAPI_NODE_MODULES", ROOT / "node_modules"))
+
+
+def full(count: int, otherwise: int) -> int:
+    """How often a laboratory does something: with LIVEAPI_FULL=1, or without."""
+    return count if os.environ.get("LIVEAPI_FULL") == "1" else otherwise
 
 
 def needs_programs(*names: str) -> Any:

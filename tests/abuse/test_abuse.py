@@ -24,19 +24,17 @@ from ssl import SSLContext
 from subprocess import PIPE, Popen
 
 import pytest
+from corpus import PAIR, STATUS
 from disks import injected, stored_line
-from harness import ACCEPTED, Pair, Receiver, Start, eventually, payload_id, signal_payload, within
+from harness import ACCEPTED, Receiver, Start, eventually, payload_id, signal_payload, within
 from peers import Certificate, at_once
-from tools import needs_programs
+from tools import full, needs_programs
 from wire import Wire, ask, post_bytes, request_bytes
 
-FULL = os.environ.get("LIVEAPI_FULL") == "1"
-SECONDS = 15 if FULL else 0.8  # that an honest client goes on beside a crowd
+SECONDS = full(15, 1)  # that an honest client goes on beside a crowd
 LATE = 1.2  # how long after its time somebody may be closed
 ONE, TWO = "127.0.0.2", "127.0.0.3"  # addresses of others
-PAIR = Pair("my-app")
-HEAD = b"GET /status HTTP/1.1\r\nHost: a\r\n"
-STATUS = HEAD + b"\r\n"
+HEAD = STATUS[:-2]
 FIELD = HEAD + b"A: "
 FLOOD = b"a" * 6_553_600
 KEY = {"x-notificare-public-key": PAIR.public}
@@ -45,10 +43,6 @@ LARGE = request_bytes("POST", "/live", {**WRONG, "content-length": "1000000"})
 TOO_LARGE = request_bytes("POST", "/live", {**WRONG, "content-length": "10000000"})
 CHUNKED = request_bytes("POST", "/live", {**WRONG, "transfer-encoding": "chunked"})
 CLOSES = request_bytes("GET", "/status", {"connection": "close"})
-
-
-def full(count: int, otherwise: int) -> int:
-    return count if FULL else otherwise
 
 
 class Witness:

@@ -21,24 +21,19 @@ with atheris.instrument_imports(include=["liveapi_server"]):
     import liveapi_server  # noqa: F401  (before corpus takes it)
 
 from corpus import ACCEPTED, REFUSED, check_reading, mutant  # noqa: E402
-from harness import Pair  # noqa: E402
 
 
 def one_input(data: bytes) -> None:
     check_reading(data, [data[0] * 7 % len(data) + 1] if data else [])
 
 
-def main() -> None:
-    dice, pair = random.Random(1), Pair("fuzz")
+if __name__ == "__main__":
+    dice = random.Random(1)
     seeds = [case.data for case in (*ACCEPTED, *REFUSED) if len(case.data) < 4096]
-    seeds += [mutant(dice, pair) for _ in range(200)]
+    seeds += [mutant(dice) for _ in range(200)]
     with tempfile.TemporaryDirectory(prefix="corpus-") as corpus:
         for i, seed in enumerate(seeds):
             Path(corpus, f"seed-{i}").write_bytes(seed)
         options = ["-max_len=2048", "-timeout=5", *sys.argv[1:], corpus]
         atheris.Setup([sys.argv[0], *options], one_input)
         atheris.Fuzz()
-
-
-if __name__ == "__main__":
-    main()

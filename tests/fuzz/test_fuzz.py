@@ -6,21 +6,20 @@ fuzz_reader.py is guided by coverage.
 """
 
 import io
-import os
 import random
 import re
 
-from corpus import agree, check_reading, mutant, read_all
-from harness import Pair, Start, within
+from corpus import PAIR, agree, check_reading, mutant, read_all
+from harness import Start, within
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peers import at_once
+from tools import full
 from wire import Wire
 
-FULL = os.environ.get("LIVEAPI_FULL") == "1"
-READ = 900_000 if FULL else 15_000  # requests for the reader alone
-SENT = 100_000 if FULL else 2_000  # requests over sockets
-EXAMPLES = 3_000 if FULL else 200  # of each hypothesis test
+READ = full(900_000, 15_000)  # requests for the reader alone
+SENT = full(100_000, 2_000)  # requests over sockets
+EXAMPLES = full(3_000, 200)  # of each hypothesis test
 SHORT = settings(
     max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None
 )
@@ -28,11 +27,10 @@ SHORT = settings(
 
 def test_the_reader_refuses_or_reads_in_whatever_pieces_and_h11_reads_the_same() -> None:
     """Whatever the reader takes, another strict parser takes too, and reads in the same way."""
-    dice, pair = random.Random(5), Pair("fuzz")
-    taken = 0
+    dice, taken = random.Random(5), 0
     with within(READ / 1000):  # a millisecond each
         for number in range(READ):
-            data = b"".join(mutant(dice, pair) for _ in range(dice.choice([1, 1, 1, 3])))
+            data = b"".join(mutant(dice) for _ in range(dice.choice([1, 1, 1, 3])))
             pieces = [1, dice.randint(2, 500)] if number % 4 == 0 else []
             requests = check_reading(data, pieces)
             taken += bool(requests)
@@ -108,13 +106,13 @@ def hurl(port: int, data: bytes) -> None:
                 assert isinstance(reply.json, dict), (data, reply)
 
 
-def test_mutants_are_answered_or_closed_and_none_is_stored(start: Start, pair: Pair) -> None:
-    receiver = start("--timeout", "2", "--max-body", "1000")
+def test_mutants_are_answered_or_closed_and_none_is_stored(start: Start) -> None:
+    receiver = start("--timeout", "2", "--max-body", "1000", pairs=(PAIR,))
 
     def some(seed: int) -> None:
         dice = random.Random(seed)
         for _ in range(SENT // 4):
-            pipeline = [mutant(dice, pair) for _ in range(dice.choice([1, 1, 1, 2, 7]))]
+            pipeline = [mutant(dice) for _ in range(dice.choice([1, 1, 1, 2, 7]))]
             hurl(receiver.port, b"".join(pipeline))
 
     at_once(4, some, within=SENT / 50)  # slower: something hangs

@@ -12,8 +12,9 @@ from functools import partial
 
 from harness import Pair, Receiver, Start, free_ports
 from load import Load, balance
+from tools import full
 
-KILLS = 1000 if os.environ.get("LIVEAPI_FULL") == "1" else 120
+KILLS = full(1000, 120)
 SEED = int(os.environ.get("LIVEAPI_TEST_SEED", str(random.randrange(1 << 32))))
 
 
