@@ -54,6 +54,7 @@ DEMANDED = {
     "HTTP of a later minor version": "RFC 9110 §2.5: process as the highest minor version known",
     "absolute-form without a path": "RFC 9112 §3.2.2: MUST accept the absolute-form",
     "target of 8 KiB": "a limit, and the receiver's own",
+    "header section of 32 KiB": "a limit, and the receiver's own",
 }
 
 
