@@ -92,9 +92,7 @@ def hurl(port: int, data: bytes) -> None:
         wire.send(data)
         wire.half_close()
         if b"HEAD" in data:  # a reader cannot tell whose the answers are once the bytes are wild
-            while wire._more():
-                pass
-            assert b"message received" not in wire.buffer
+            assert b"message received" not in wire.socket.makefile("rb").read()
             return
         while reply := wire.reply():
             statuses = (100, 200, 400, 404, 405, 408, 413, 414, 415, 417, 431, 505)
