@@ -152,16 +152,6 @@ def test_host_may_be_a_name_or_an_address_of_any_kind(start: Start, pair: Pair, 
     assert start("--host", host).verify(pair).status == 200
 
 
-def test_with_access_log_each_request_is_a_line_of_plain_text(start: Start, pair: Pair) -> None:
-    receiver = start("--access-log")
-    receiver.request("GET", "/nowhere")
-    receiver.wait_for_log("GET.*/nowhere.*404")
-    assert receiver.verify(pair).status == 200
-    receiver.wait_for_log("GET.*/live.*200")
-    assert receiver.stop() == 0
-    assert all(line.isprintable() for line in receiver.log)
-
-
 def broken(method: str) -> tuple[str, ...]:
     """A wrapper that runs the program with a defect in this method."""
     script = f"""import sys, liveapi_server
