@@ -4,7 +4,7 @@ import signal
 import socket
 import ssl
 import warnings
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import pytest
 from harness import ACCEPTED, Pair, Receiver, Start, payload_id, signal_payload, within
@@ -75,10 +75,8 @@ def test_tls_1_2_and_1_3_are_served_and_1_1_is_refused(secure: Receiver, name: s
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         context.minimum_version = context.maximum_version = ssl.TLSVersion[name]
-    with socket.create_connection(("127.0.0.1", secure.port), 5) as plain:
-        if name == "TLSv1_1":  # the alert is the server's: the client has asked
-            with pytest.raises(ssl.SSLError, match=r"(?i)alert.protocol.version"):
-                context.wrap_socket(plain)
-        else:
-            with context.wrap_socket(plain) as connection:
-                assert connection.version() == name.replace("_", ".")
+    # The alert is the server's: the client has asked.
+    refusal = pytest.raises(ssl.SSLError, match=r"(?i)alert.protocol.version")
+    with refusal if name == "TLSv1_1" else nullcontext(), Wire(secure.port, 5, context) as wire:
+        assert isinstance(wire.socket, ssl.SSLSocket)
+        assert wire.socket.version() == name.replace("_", ".")
