@@ -14,7 +14,7 @@ from harness import Pair, Receiver, Start, free_ports
 from load import Load, balance
 from tools import full
 
-KILLS = full(1000, 120)
+KILLS, SECONDS = full(1000, 120), full(3600, 60)  # as many as can be had in this time
 SEED = int(os.environ.get("LIVEAPI_TEST_SEED", str(random.randrange(1 << 32))))
 
 
@@ -29,14 +29,14 @@ def test_kills_and_stops_at_random_moments_lose_double_and_tear_nothing(start: S
     One time in six it is told to end instead; one in six it is stopped for a moment before; and one
     in six the next start is killed as well, before it is through.
     """
-    chance, began = random.Random(SEED), time.monotonic()
+    chance, made, began = random.Random(SEED), 0, time.monotonic()
     print(f"seed {SEED}", flush=True)
     pairs = tuple(Pair(name) for name in ("one", "two", "three"))
     (port,) = free_ports(1)
     begin = partial(start, "--segment-bytes", "20000", pairs=pairs, port=port)
     receiver = begin()
     with Load(pairs, port) as load:
-        for made in range(KILLS):
+        while made < KILLS and time.monotonic() - began < SECONDS:
             load.reach(1)
             time.sleep(chance.uniform(0, 0.2))
             if made % 6 == 4:
@@ -47,7 +47,7 @@ def test_kills_and_stops_at_random_moments_lose_double_and_tear_nothing(start: S
             if made % 6 == 2:
                 assert receiver.stop() == 0
             receiver.kill()
-            first = receiver.segments()[-3:][0].name
+            first = ["", "", *(path.name for path in receiver.segments())][-3]
             seen = log_since(receiver, first)
             if made % 6 == 5:
                 hasty = begin(ready=False)
@@ -59,10 +59,12 @@ def test_kills_and_stops_at_random_moments_lose_double_and_tear_nothing(start: S
             found = log_since(receiver, first)
             receiver.signal(signal.SIGCONT)
             assert found.startswith(whole), "a whole line has gone"
+            made += 1
         load.reach(1)
     assert receiver.stop() == 0
     counts = balance(load, receiver.signals)
-    print(f"{KILLS} kills in {time.monotonic() - began:.0f} s, {counts}")
-    assert counts.stored > 5 * KILLS
+    print(f"{made} kills in {time.monotonic() - began:.0f} s, {counts}")
+    assert made > 10, "fewer show nothing"
+    assert counts.stored > 5 * made
     assert counts.cut_off > 0, "no kill hit anything"
     assert counts.segments > 2, "no closing was near"
