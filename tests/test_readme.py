@@ -147,7 +147,7 @@ def test_the_lines_of_the_journal_that_are_explained_are_the_programs() -> None:
     placeholders += r"|/?\.\.\.|\(|refused: |on SIGTERM"
     for line in explained:
         for fragment in re.split(placeholders, line):
-            assert fragment.strip() in program, f"{fragment!r} of {line!r}"
+            assert fragment.strip(": ") in program, f"{fragment!r} of {line!r}"
 
 
 # The recipes
