@@ -23,6 +23,12 @@ def examples(heading: str = "", page: str = "README.md", language: str = "sh") -
     return found
 
 
+def rows(heading: str, page: str = "README.md") -> list[list[str]]:
+    """The cells of the rows of the table below a heading, without its head."""
+    lines = [line for line in section(heading, page).splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
+
+
 def replaced(text: str, changes: dict[str, str]) -> str:
     """`text` with each of `changes` made exactly once; an example that has moved on is an error."""
     for old, new in changes.items():

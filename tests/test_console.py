@@ -12,22 +12,12 @@ from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
-from disks import injected, stored_line
-from harness import (
-    ACCEPTED,
-    ROOT,
-    Answer,
-    Pair,
-    Receiver,
-    Start,
-    eventually,
-    payload_id,
-    signal_payload,
-    within,
-)
+from disks import ids, injected, left, store, stored_line
+from harness import Answer, Pair, Receiver, Start, eventually, payload_id, signal_payload, within
+from pages import rows
 from wire import Wire, request_bytes
 
-METRICS = re.findall(r"^\| `(liveapi_\w+)", (ROOT / "docs/alerts.md").read_text(), re.MULTILINE)
+METRICS = [re.findall(r"\w+", row[0])[0] for row in rows("With Prometheus", "docs/alerts.md")]
 RESULTS = ("stored", "repeated", "refused", "unavailable")
 MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
 
@@ -41,11 +31,7 @@ class Watched:
     port: int
 
     def post(self, *payloads: bytes) -> None:
-        """Send signals, one after the other on one connection."""
-        with closing(self.receiver.connect()) as connection:
-            for payload in payloads:
-                answer = self.receiver.post(self.pair, payload, connection=connection)
-                assert answer.json == ACCEPTED
+        store(self.receiver, self.pair, *payloads)
 
     def get(self, path: str, method: str = "GET", **headers: str) -> Answer:
         with closing(HTTPConnection("127.0.0.1", self.port, timeout=10)) as connection:
@@ -85,8 +71,7 @@ def watch(start: Start, pair: Pair) -> Watch:
 
     def begin(*options: str, **more: object) -> Watched:
         receiver = start("--console", "0", *options, **more)
-        line = receiver.wait_for_log("console")
-        return Watched(receiver, pair, int(re.findall(r"http://127\.0\.0\.1:(\d+)", line)[0]))
+        return Watched(receiver, pair, receiver.console_port())
 
     return begin
 
@@ -196,7 +181,7 @@ def test_a_line_that_is_cut_off_is_not_shown_though_it_was_there_for_a_while(
     with watched.watch() as events, fault, closing(receiver.connect()) as connection:
         answers = [receiver.post(watched.pair, each, connection=connection) for each in payloads]
         assert [answer.status for answer in answers] == [200, 503, 200]
-        assert [next(events)[0] for _ in range(2)] == [payload_id(each) for each in payloads[::2]]
+        assert [next(events)[0] for _ in range(2)] == ids(*payloads[::2])
 
 
 def resident(receiver: Receiver) -> float:
@@ -219,9 +204,8 @@ def test_a_watcher_that_is_slow_lags_and_costs_no_memory(watched: Watched) -> No
 
 
 def test_what_a_stream_begins_with_is_bounded_in_bytes_too(watch: Watch, tmp_path: Path) -> None:
-    (tmp_path / "signals").mkdir()
     lines = [stored_line(signal_payload(text="x" * 1_000_000)) for _ in range(100)]
-    (tmp_path / "signals/current.jsonl").write_bytes(b"".join(lines))
+    left(tmp_path, b"".join(lines))
     watched = watch()
     before, peak = resident(watched.receiver), 0.0
     for _ in range(8):

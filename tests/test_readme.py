@@ -16,8 +16,8 @@ from pathlib import Path
 from subprocess import PIPE, Popen
 
 import pytest
-from harness import COMMAND, ROOT, Pair, Receiver, Start, free_ports, run, signal_payload
-from pages import examples, replaced, section
+from harness import COMMAND, ROOT, Pair, Receiver, Start, run, signal_payload
+from pages import examples, replaced, rows, section
 from tools import MODULES, needs, needs_programs
 
 NAMES = ["README.md", "CHANGELOG.md", "keys/README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -40,12 +40,6 @@ def recipe(name: str, directory: Path, *changes: tuple[str, str], may_fail: bool
     result = run(*command, replaced(script, dict(changes)), cwd=directory)
     assert may_fail or (result.returncode, result.stderr) == (0, "")
     return result.stdout + result.stderr
-
-
-def rows(heading: str, page: str = "README.md") -> list[list[str]]:
-    """The cells of a table's rows, without its head."""
-    lines = [line for line in section(heading, page).splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
 
 
 # The front page
@@ -263,10 +257,9 @@ def test_a_backup_holds_every_line_and_can_be_taken_again(receiver: Receiver, pa
 
 @needs_programs("curl")
 def test_the_stream_of_the_console_is_read_by_curl(start: Start, pair: Pair) -> None:
-    (port,) = free_ports(1)
-    receiver = start("--console", str(port))
+    receiver = start("--console", "0")
     receiver.post(pair, signal_payload(userID="somebody"))
-    changes = (("curl", "curl -m 2"), (":3015", f":{port}"))
+    changes = (("curl", "curl -m 2"), (":3015", f":{receiver.console_port()}"))
     assert "somebody" in recipe("stream", receiver.directory, *changes, may_fail=True)
 
 
