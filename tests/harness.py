@@ -14,11 +14,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPSConnection
 from pathlib import Path
-from signal import SIGHUP, SIGSTOP, SIGTERM
+from signal import SIGHUP, SIGKILL, SIGSTOP, SIGTERM
 from subprocess import DEVNULL, PIPE, CompletedProcess, Popen
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -277,12 +277,18 @@ def run(*command: str | Path, cwd: str | Path = "/tmp") -> CompletedProcess[str]
 
 @contextmanager
 def running(*command: str, cwd: Path) -> Iterator[tuple[Popen[str], Any, Any]]:
-    """A command while it runs, its standard output and error; what has not ended is killed."""
-    with Popen(command, cwd=cwd, stdout=PIPE, stderr=PIPE, text=True) as process:
+    """A command while it runs, its standard output and error; what has not ended is killed.
+
+    It has a session of its own: what a command has started ends with it.
+    """
+    with Popen(
+        command, cwd=cwd, stdout=PIPE, stderr=PIPE, text=True, start_new_session=True
+    ) as process:
         try:
             yield process, process.stdout, process.stderr
         finally:
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, SIGKILL)
 
 
 def refusal(*command: str | Path, cwd: str | Path = "/tmp") -> str:

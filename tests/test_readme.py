@@ -5,7 +5,6 @@ blocks of the service's pages are run by tests/system, the proxies' by tests/pro
 """
 
 import json
-import os
 import re
 import socket
 import ssl
@@ -13,10 +12,9 @@ import sys
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from subprocess import PIPE, Popen
 
 import pytest
-from harness import COMMAND, ROOT, Pair, Receiver, Start, run, signal_payload
+from harness import COMMAND, ROOT, Pair, Receiver, Start, run, running, signal_payload
 from pages import examples, replaced, rows, section
 from tools import MODULES, needs, needs_programs
 
@@ -210,21 +208,13 @@ def test_the_recipe_for_yesterday_gives_one_apps_lines_whole_and_in_order(log: P
 def test_the_recipe_that_follows_shows_signals_as_they_come(start: Start, pair: Pair) -> None:
     receiver = start("--segment-bytes", "600")
     receiver.post(pair, signal_payload(userID="before"))
-    # tail says when it goes on in a new file.
-    command = ["sh", "-c", "exec 2>/dev/null\n" + EXAMPLES["follow"]]
-    with Popen(
-        command, cwd=receiver.directory, stdout=PIPE, text=True, start_new_session=True
-    ) as process:
-        assert process.stdout
-        try:
-            assert "before" in process.stdout.readline()
-            for number in range(6):
-                receiver.post(pair, signal_payload(userID=f"user-{number}"))
-                _, kind, user = json.loads(process.stdout.readline())
-                assert (kind[-4:], user) == ("Open", f"user-{number}")
-            assert receiver.closed_segments()
-        finally:
-            os.killpg(process.pid, 15)  # its own session: the shell, tail and jq
+    with running("sh", "-c", EXAMPLES["follow"], cwd=receiver.directory) as (_, shown, _):
+        assert "before" in shown.readline()
+        for number in range(6):
+            receiver.post(pair, signal_payload(userID=f"user-{number}"))
+            _, kind, user = json.loads(shown.readline())
+            assert (kind[-4:], user) == ("Open", f"user-{number}")
+        assert receiver.closed_segments()
 
 
 @needs_programs("sha256sum")

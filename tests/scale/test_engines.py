@@ -6,19 +6,17 @@ import random
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from disks import store
-from harness import ROOT, Pair, Receiver, Start, eventually, signal_payload
+from harness import ROOT, Pair, Receiver, Start, eventually, running, signal_payload
 from pages import examples, replaced
 from tools import needs_programs
 
@@ -137,31 +135,21 @@ class Job:
         }
         subprocess.run(shlex.split(self.moved(documented_command("rsync", changes))), check=True)
 
-    @contextmanager
-    def running(self) -> Iterator[subprocess.Popen[bytes]]:
-        environment = {
-            **os.environ,
-            "PATH": f"{Path(self.python).parent}:{os.environ['PATH']}",
-            "SPARK_LOCAL_IP": "127.0.0.1",
-            "SPARK_LOCAL_DIRS": str(self.directory),
-            # Short runs: compiling much would take longer than it saves.
-            "JAVA_TOOL_OPTIONS": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
-        }
+    def submitted(self) -> AbstractContextManager[tuple[subprocess.Popen[str], Any, Any]]:
         command = self.moved(documented_command("spark-submit", {})) + " --segments-per-batch 4"
-        # A group of its own: spark-submit, Java and Python end together.
-        with self.log.open("wb") as log, subprocess.Popen(
-            shlex.split(command), stdout=log, stderr=log, cwd=ROOT, env=environment,
-            start_new_session=True,
-        ) as process:  # fmt: skip
-            try:
-                yield process
-            finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+        settings = (
+            f"PATH={Path(self.python).parent}:{os.environ['PATH']}",
+            "SPARK_LOCAL_IP=127.0.0.1",
+            f"SPARK_LOCAL_DIRS={self.directory}",
+            # Short runs: compiling much would take longer than it saves.
+            "JAVA_TOOL_OPTIONS=-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
+        )
+        script = f"exec {command} >{self.log} 2>&1"
+        return running("env", *settings, "sh", "-c", script, cwd=ROOT)
 
     def finish(self) -> str:
         """Run it to its end; what it says of itself."""
-        with self.running() as process:
+        with self.submitted() as (process, _, _):
             status = process.wait(150)
         assert status == 0, self.log.read_text()[-5000:]
         [said] = re.findall(r"^\d+ lines read.*$", self.log.read_text(), re.MULTILINE)
@@ -228,7 +216,7 @@ def test_spark_counts_closed_segments_exactly_across_a_kill_and_a_restart(
 
     # Killed in the midst of a batch, while segments go on being closed.
     send(1500)
-    with job.running():
+    with job.submitted():
         eventually(lambda: list(tmp_path.glob("srv/counts/counts/batch=1")), 120)
     send(500)
     said = job.finish()
