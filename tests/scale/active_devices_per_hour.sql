@@ -4,11 +4,8 @@ SELECT
     date_trunc('hour', TRY(make_timestamp_ms(CAST(signal ->> '$.timestamp' AS BIGINT)))) AS hour,
     count(DISTINCT signal ->> '$.data.deviceID') AS devices,
     count(DISTINCT id) AS signals
-FROM read_json(
-    'signals/*.jsonl*',
-    format = 'newline_delimited',
-    columns = {id: 'VARCHAR', signal: 'JSON'},
-    ignore_errors = true
+FROM read_ndjson(
+    'signals/*.jsonl*', columns = {id: 'VARCHAR', signal: 'JSON'}, ignore_errors = true
 )
 WHERE
     signal ->> '$.data.deviceID' IS NOT NULL

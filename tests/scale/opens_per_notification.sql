@@ -3,11 +3,8 @@ SELECT
     signal ->> '$.data.notification' AS notification,
     count(DISTINCT id) AS opens,
     count(DISTINCT signal ->> '$.data.deviceID') AS devices
-FROM read_json(
-    'signals/*.jsonl*',
-    format = 'newline_delimited',
-    columns = {id: 'VARCHAR', signal: 'JSON'},
-    ignore_errors = true
+FROM read_ndjson(
+    'signals/*.jsonl*', columns = {id: 'VARCHAR', signal: 'JSON'}, ignore_errors = true
 )
 WHERE signal ->> '$.type' = 're.notifica.event.notification.Open'
 GROUP BY notification
