@@ -116,3 +116,8 @@ def ask(port: int, data: bytes) -> Answer:
     with Wire(port) as wire:
         wire.send(data)
         return wire.answer()
+
+
+def get(port: int, path: str) -> Answer:
+    """The answer to a GET that names the address it goes to, as the console wants."""
+    return ask(port, request_bytes("GET", path, {"host": f"127.0.0.1:{port}"}))

@@ -1,10 +1,10 @@
 """A real Chromium, and the console of a real receiver in it."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
-from harness import Pair, Receiver, free_ports
+from harness import Pair, Receiver, Start
 from page import Page
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
@@ -29,23 +29,16 @@ def chromium() -> Iterator[webdriver.Chrome]:
 
 
 @pytest.fixture
-def console_port() -> int:
-    return next(free_ports(1))
+def watched(start: Start) -> Receiver:
+    """A receiver with a console."""
+    return start("--console", "0")
 
 
 @pytest.fixture
-def watched(start: Callable[..., Receiver], console_port: int) -> Receiver:
-    """A receiver with its console on `console_port`."""
-    return start("--console", str(console_port))
-
-
-@pytest.fixture
-def page(
-    chromium: webdriver.Chrome, watched: Receiver, pair: Pair, console_port: int
-) -> Iterator[Page]:
+def page(chromium: webdriver.Chrome, watched: Receiver, pair: Pair) -> Iterator[Page]:
     """The console, open and connected. No test may end with an error in the browser's console,
     or with a request to anywhere but this console."""
-    shown = Page(chromium, f"http://127.0.0.1:{console_port}/", watched, pair)
+    shown = Page(chromium, f"http://127.0.0.1:{watched.console_port()}/", watched, pair)
     shown.complaints(), shown.requested()  # those of the test before
     yield shown.open()
     complaints, requested = shown.complaints(), shown.requested()

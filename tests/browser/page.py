@@ -2,16 +2,15 @@
 
 import json
 from collections.abc import Callable
-from contextlib import closing
 from typing import Any
 
-from harness import ROOT, Pair, Receiver, eventually
+from disks import store
+from harness import Pair, Receiver, eventually
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
-SCREENSHOTS = ROOT / "build" / "screenshots"
 WIDE, PHONE, SMALLEST = (1280, 800), (390, 844), (320, 600)
 
 
@@ -36,12 +35,8 @@ class Page:
         self.says("state", "Receiving")
         return self
 
-    def post(self, *payloads: bytes, receiver: Receiver | None = None) -> None:
-        """Send signals, one after the other on one connection."""
-        receiver = receiver or self.receiver
-        with closing(receiver.connect()) as connection:
-            for payload in payloads:
-                assert receiver.post(self.pair, payload, connection=connection).status == 200
+    def post(self, *payloads: bytes) -> None:
+        store(self.receiver, self.pair, *payloads)
 
     def until(self, check: Callable[[], Any], seconds: float = 20) -> Any:
         return eventually(check, seconds, 0.05)
@@ -93,10 +88,6 @@ class Page:
 
     def filter(self, text: str) -> None:
         self.find("#filter").send_keys(Keys.CONTROL + "a" + Keys.NULL + Keys.DELETE + text)
-
-    def screenshot(self, name: str) -> None:
-        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-        assert self.driver.save_screenshot(str(SCREENSHOTS / f"{name}.png"))
 
     def complaints(self) -> list[str]:
         """What the browser's console holds and the test did not expect."""

@@ -3,15 +3,12 @@
 import json
 import re
 import subprocess
-import urllib.request
 from pathlib import Path
 
-from harness import ROOT, Pair, Receiver, signal_payload
-
-
-def metrics(port: int) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-        return str(answer.read().decode())
+from disks import store
+from harness import Pair, Receiver, signal_payload
+from pages import examples
+from wire import get
 
 
 def promtool(*arguments: str | Path, stdin: str = "") -> str:
@@ -22,13 +19,13 @@ def promtool(*arguments: str | Path, stdin: str = "") -> str:
 
 
 def test_promtool_finds_no_fault_in_the_metrics_no_key_is_in_them_and_strangers_add_no_line(
-    watched: Receiver, pair: Pair, console_port: int
+    watched: Receiver, pair: Pair
 ) -> None:
-    assert promtool("check", "metrics", stdin=metrics(console_port)) == ""
+    port = watched.console_port()
+    assert promtool("check", "metrics", stdin=get(port, "/metrics").body.decode()) == ""
     watched.verify(pair)
     payload = signal_payload()
-    for each in (signal_payload(), signal_payload(), payload, payload):
-        assert watched.post(pair, each).status == 200
+    store(watched, pair, signal_payload(), signal_payload(), payload, payload)
     watched.post(pair, b"{}", **{"x-notificare-signature": "AAAA"})
     watched.post(Pair("stranger"), b"{}")
     sizes = set()
@@ -38,7 +35,7 @@ def test_promtool_finds_no_fault_in_the_metrics_no_key_is_in_them_and_strangers_
         watched.request("GET", f"/path-{n}")
         watched.request(f"METHOD{n}", "/live")
         watched.request("POST", "/live", b"{}", {"content-encoding": f"coding-{n}"})
-        text = metrics(console_port)
+        text = get(port, "/metrics").body.decode()
         sizes.add(len(text.splitlines()))
     assert len(sizes) == 1
     assert promtool("check", "metrics", stdin=text) == ""
@@ -47,8 +44,7 @@ def test_promtool_finds_no_fault_in_the_metrics_no_key_is_in_them_and_strangers_
 
 
 def test_each_alert_fires_when_it_should_and_only_then(tmp_path: Path) -> None:
-    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/alerts.md").read_text(), re.DOTALL)
-    (rules,) = (block for block in blocks if block.startswith("groups:"))
+    _, rules = examples("With Prometheus", "docs/alerts.md", "yaml")
     (tmp_path / "rules.yml").write_text(rules)
     stored = 'liveapi_signals_total{result="stored",exported_instance="my-app"}'
     refused = 'liveapi_refused_total{reason="invalid signature",exported_instance="my-app"}'

@@ -11,7 +11,7 @@ from pathlib import Path
 from disks import mounted
 from harness import Answer, Pair, eventually, signal_payload
 from pages import examples
-from wire import ask, post_bytes, request_bytes
+from wire import ask, get, post_bytes
 
 RELEASES = ("bookworm", "trixie")
 CACHE = Path("/var/cache/liveapi-tests")
@@ -132,12 +132,8 @@ def booted(release: str) -> Iterator[Machine]:
                 machine.power_off()
 
 
-def get(path: str, port: int = PORT) -> Answer:
-    return ask(port, request_bytes("GET", path, {"host": f"127.0.0.1:{port}"}))
-
-
 def answers(port: int = PORT) -> bool:
     try:
-        return get("/status", port).status == 200
+        return get(port, "/status").status == 200
     except OSError:
         return False

@@ -14,10 +14,10 @@ from contextlib import ExitStack, contextmanager
 import pytest
 from harness import ROOT, Pair, eventually, payload_id, signal_payload, within
 from load import Load, times_stored
-from machine import CONSOLE_PORT, PORT, RELEASES, SIGNALS, Machine, answers, booted, get
+from machine import CONSOLE_PORT, PORT, RELEASES, SIGNALS, Machine, answers, booted
 from pages import examples, replaced
 from peers import make_certificate
-from wire import Wire, request_bytes
+from wire import Wire, get, request_bytes
 
 FIRST_SIGNAL = "From the Dashboard to the first signal"
 PROXIES, UPGRADE = "docs/proxies-and-tls.md", "docs/upgrade-and-uninstall.md"
@@ -294,7 +294,7 @@ def test_a_full_disk_is_told_from_the_start_and_restarts_nothing(debian: Machine
 
 def test_the_consoles_socket_comes_and_within_10_s_goes_with_the_other(debian: Machine) -> None:
     with console(debian), Wire(PORT) as half, Wire(PORT):
-        assert b"<html" in get("/", CONSOLE_PORT).body
+        assert b"<html" in get(CONSOLE_PORT, "/").body
         half.send(b"POST /live HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n")
         assert answers()
         with within(10.5):  # the commands around it take their share
