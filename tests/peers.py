@@ -186,7 +186,7 @@ def at_once(count: int, act: Callable[[int], Any], within: float = 60) -> list[A
 
 
 LINE = re.compile(
-    rb'\{"received_at":"[^"]*","instance":"([^"]*)","id":"([0-9a-f]{32})","signal":(.*)\}'
+    rb'\{"received_at":"[^"]{27}","instance":"([^"]+)","id":"([0-9a-f]{32})","signal":(.*)\}'
 )
 
 

@@ -7,10 +7,8 @@ the two the disk may have kept anything from nothing to all, in the order in whi
 
 import copy
 import errno
-import hashlib
 import itertools
 import os
-import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -19,21 +17,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import liveapi_server
-from liveapi_server import TRIAL, SignalLog
+from harness import payload_id
+from peers import LINE
+
+from liveapi_server import TRIAL, Entry, SignalLog, signal_line
 
 CURRENT = "current.jsonl"
-PLENTY = 1 << 40  # bytes that are free
 FAILED = (errno.EIO, "Input/output error")
 NUMBERS = itertools.count(1)  # of inodes and descriptors
-LINE = re.compile(
-    rb'\{"received_at":"[^"]{27}","instance":"([^"]+)","id":"([0-9a-f]{32})","signal":(.*)\}'
-)
 
 Message = tuple[str, bytes]  # what is stored once: instance and payload
 
 
-class PowerLossError(BaseException):
+class PowerLoss(BaseException):
     """Not an Exception: nothing in the program may catch it and go on."""
 
 
@@ -88,7 +84,7 @@ def moved(names: Names, *moves: Move) -> Names:
 class PaperDisk:
     """Files, one directory, and the order in which they reach the platter.
 
-    `fails` is asked ahead of each call, by its name; it may raise PowerLossError. After an append
+    `fails` is asked ahead of each call, by its name; it may raise PowerLoss. After an append
     that fails `short` of its bytes are in the file. `drops_pages`: a sync that fails loses what it
     should have written, though programs see it still, and a later sync succeeds; else the bytes
     have reached the disk all the same. `moment` is called after each call that changes something.
@@ -105,7 +101,7 @@ class PaperDisk:
         self.fails: Callable[[str], bool] = lambda _: False
         self.moment: Callable[[str], None] = lambda _: None
         self.now = now or Clock()
-        self.short, self.drops_pages, self.room = 0, True, PLENTY
+        self.short, self.drops_pages, self.room = 0, True, 1 << 40
 
     # What the program calls
 
@@ -270,7 +266,7 @@ def stored(line: bytes) -> Message:
     """What a line holds; it is an error if it is none of ours."""
     found = LINE.fullmatch(line)
     assert found, f"a damaged line: {line[:80]!r}"
-    assert hashlib.sha256(found[3]).hexdigest()[:32] == found[2].decode()
+    assert payload_id(found[3]) == found[2].decode()
     return found[1].decode(), found[3]
 
 
@@ -319,13 +315,13 @@ class Sender:
         """Send signals that are stored in one batch; those that were acknowledged."""
         self.sent.update(messages)
         self.answered = set[Message]()
-        taken = dict[Message, liveapi_server.Entry]()
+        taken = dict[Message, Entry]()
         for message in messages:
             instance, payload = message
-            identity = hashlib.sha256(payload).digest()[:16]
-            line = liveapi_server.signal_line(instance, identity, payload)
+            identity = bytes.fromhex(payload_id(payload))
+            line = signal_line(instance, identity, payload)
             entry = self.log.offer(identity + instance.encode(), line)
-            if isinstance(entry, liveapi_server.Entry):
+            if isinstance(entry, Entry):
                 taken[message] = entry
             elif entry == "repeated":
                 self.note(message)

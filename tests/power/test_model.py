@@ -18,18 +18,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from paper import (
-    CURRENT,
-    PLENTY,
-    Clock,
-    Message,
-    PaperDisk,
-    PowerLossError,
-    Sender,
-    check,
-    stored,
-    whole_lines,
-)
+from paper import CURRENT, Clock, Message, PaperDisk, PowerLoss, Sender, check, stored, whole_lines
 
 FULL = os.environ.get("LIVEAPI_FULL") == "1"
 CALLS = ("append", "sync", "sync_directory", "rename", "open")
@@ -64,7 +53,7 @@ class LogMachine(RuleBasedStateMachine):
 
     def fails(self, call: str) -> bool:
         if self.calls_left == 0:
-            raise PowerLossError
+            raise PowerLoss
         self.calls_left -= 1
         self.calls[call] += 1
         if self.calls[call] not in self.faults.get(call, ()):
@@ -106,7 +95,7 @@ class LogMachine(RuleBasedStateMachine):
         """Whether it came through, without a crash within."""
         try:
             self.sender.send(messages)
-        except PowerLossError:
+        except PowerLoss:
             self.fall("power", data)
             return False
         return True
@@ -132,10 +121,10 @@ class LogMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 3))
     def append_while_it_is_full(self, count: int) -> None:
         """Less than 1 MiB and what waits is free: nothing is written."""
-        before = set(self.sender.acknowledged)
+        before, room = set(self.sender.acknowledged), self.disk.room
         self.disk.room = (1 << 20) + 50
         self.append(count)
-        self.disk.room = PLENTY
+        self.disk.room = room
         assert self.sender.acknowledged == before
 
     def missing(self) -> list[Message]:
@@ -180,7 +169,7 @@ class LogMachine(RuleBasedStateMachine):
     def tend(self, data: Any = None) -> None:
         try:
             self.sender.log.commit()
-        except PowerLossError:
+        except PowerLoss:
             self.fall("power", data)
 
     @rule()

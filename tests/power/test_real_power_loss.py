@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from disks import injected, small_file_system, store
-from harness import Pair, Start, free_ports, signal_payload
+from harness import Pair, Start, free_ports, run, signal_payload
 from load import Load, balance
 
 LOSSES = 90 if os.environ.get("LIVEAPI_FULL") == "1" else 4
@@ -41,8 +41,7 @@ def mount_what_is_left(file_system: Path) -> None:
     subprocess.run(["cp", "--sparse=always", image, copy], check=True)
     copy.rename(image)
     for way in ("loop", "loop,nouuid"):
-        command = ["mount", "-o", way, image, file_system]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = run("mount", "-o", way, image, file_system)
         if done.returncode == 0:
             return
     raise AssertionError(done.stderr)
