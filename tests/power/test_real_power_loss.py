@@ -15,8 +15,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from disks import injected, small_file_system, store
-from harness import Pair, Start, free_ports, run, signal_payload
+from disks import injected, small_file_system
+from harness import Pair, Start, free_ports, run
 from load import Load, balance
 
 LOSSES = 90 if os.environ.get("LIVEAPI_FULL") == "1" else 4
@@ -45,22 +45,6 @@ def mount_what_is_left(file_system: Path) -> None:
         if done.returncode == 0:
             return
     raise AssertionError(done.stderr)
-
-
-@pytest.mark.parametrize("kind", ["ext4", "xfs"])
-def test_a_file_system_that_goes_away_under_it_is_a_503(
-    tmp_path: Path, start: Start, pair: Pair, kind: str
-) -> None:
-    with small_file_system(kind, tmp_path / "signals") as file_system:
-        receiver = start()
-        kept = signal_payload()
-        store(receiver, pair, kept)
-        go_down(file_system)
-        assert receiver.post(pair, signal_payload()).status == 503
-        assert receiver.request("GET", "/status").status == 503
-        store(receiver, pair, kept)
-        assert receiver.verify(pair).status == 200
-        assert receiver.stop() == 0
 
 
 @pytest.mark.parametrize("kind", ["ext4", "xfs"])
