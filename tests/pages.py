@@ -5,6 +5,8 @@ import textwrap
 
 from harness import ROOT
 
+FENCED = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.M | re.S)
+
 
 def section(heading: str, page: str = "README.md") -> str:
     """What stands below a heading of the page, up to the next."""
@@ -17,8 +19,7 @@ def section(heading: str, page: str = "README.md") -> str:
 def examples(heading: str = "", page: str = "README.md", language: str = "sh") -> list[str]:
     """The page's fenced blocks in `language`; with a heading, those below it up to the next."""
     text = section(heading, page) if heading else (ROOT / page).read_text()
-    fenced = re.compile(rf"^ *```{language}\n(.*?)^ *```$", re.M | re.S)
-    found = [textwrap.dedent(block) for block in fenced.findall(text)]
+    found = [textwrap.dedent(block) for kind, block in FENCED.findall(text) if kind == language]
     assert found, f"{page} has no {language} below the heading {heading!r}"
     return found
 

@@ -105,7 +105,6 @@ def test_it_listens_on_loopback_unless_told_otherwise_and_never_beside_the_endpo
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.2", watched.port), 5)
     assert watched.receiver.request("GET", "/signals").status == 404
-    (tmp_path / "elsewhere").mkdir()
     told = start("--console", "127.0.0.2:0", directory=tmp_path / "elsewhere")
     assert "http://127.0.0.2:" in told.wait_for_log("console")
 

@@ -15,14 +15,13 @@ from pathlib import Path
 
 import pytest
 from harness import COMMAND, ROOT, Pair, Receiver, Start, run, running, signal_payload
-from pages import examples, replaced, rows, section
+from pages import FENCED, examples, replaced, rows, section
 from tools import MODULES, needs, needs_programs
 
 NAMES = ["README.md", "CHANGELOG.md", "keys/README.md", *sorted(ROOT.glob("docs/*.md"))]
 PAGES = {str((ROOT / name).relative_to(ROOT)): (ROOT / name).read_text() for name in NAMES}
 README = PAGES["README.md"]
 MARKED = re.compile(r"<!-- tested: (\S+) -->\n+```\w+\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-FENCED = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
 MARKED_EXAMPLES = [each for text in PAGES.values() for each in MARKED.findall(text)]
 EXAMPLES = dict(MARKED_EXAMPLES)
 assert len(EXAMPLES) == len(MARKED_EXAMPLES), "a name twice"

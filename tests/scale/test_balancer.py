@@ -47,9 +47,7 @@ class Fleet:
 
     def start(self, name: str) -> None:
         """Start a receiver; the balancer finds it up."""
-        directory = self.directory / name
-        directory.mkdir(exist_ok=True)
-        self.running[name] = self.begin(directory=directory, port=self.ports[name])
+        self.running[name] = self.begin(directory=self.directory / name, port=self.ports[name])
         self.wait_for(name, "UP")
 
     def stats(self, name: str) -> dict[str, str]:

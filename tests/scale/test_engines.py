@@ -192,11 +192,8 @@ def earlier(segment: Path, days: int, to: Path) -> int:
 def test_spark_counts_closed_segments_exactly_across_a_kill_and_a_restart(
     start: Start, pair: Pair, tmp_path: Path
 ) -> None:
-    job = Job(tmp_path)
-    receivers: dict[str, Receiver] = {}
-    for name in ("a", "b", "c"):
-        (tmp_path / name).mkdir()
-        receivers[name] = start("--segment-bytes", "40000", directory=tmp_path / name)
+    job, options = Job(tmp_path), ("--segment-bytes", "40000")
+    receivers = {name: start(*options, directory=tmp_path / name) for name in ("a", "b", "c")}
     chance = random.Random(8)
     sent: list[bytes] = []
 
