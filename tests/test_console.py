@@ -312,6 +312,22 @@ def test_the_metrics_have_the_documented_names_and_all_results_from_the_start(
     assert samples["liveapi_commit_duration_seconds_sum"] == 0
 
 
+def test_strangers_add_no_line_to_the_metrics_and_no_key_is_in_them(watched: Watched) -> None:
+    receiver, pair, sizes = watched.receiver, watched.pair, set()
+    some_of_everything(watched)
+    for n in range(50):
+        receiver.post(Pair(f"stranger-{n}"), signal_payload())
+        watched.post(signal_payload(type=f"re.notifica.event.custom.{n}"))
+        receiver.request("GET", f"/path-{n}")
+        receiver.request(f"METHOD{n}", "/live")
+        receiver.request("POST", "/live", b"{}", {"content-encoding": f"coding-{n}"})
+        text = watched.get("/metrics").body.decode()
+        sizes.add(len(text.splitlines()))
+    assert len(sizes) == 1
+    assert pair.private not in text
+    assert pair.public not in text
+
+
 def test_while_it_cannot_store_status_and_metrics_say_so(watched: Watched) -> None:
     receiver = watched.receiver
     receiver.signals.rename(receiver.directory / "aside")

@@ -4,6 +4,7 @@ Examples marked `<!-- tested: NAME -->` are run as they stand, but for paths, po
 blocks of the service's pages are run by tests/system, the proxies' by tests/proxies.
 """
 
+import itertools
 import json
 import re
 import socket
@@ -17,6 +18,7 @@ import pytest
 from harness import COMMAND, ROOT, Pair, Receiver, Start, run, running, signal_payload
 from pages import FENCED, examples, replaced, rows, section
 from tools import MODULES, needs, needs_programs
+from wire import get
 
 NAMES = ["README.md", "CHANGELOG.md", "keys/README.md", *sorted(ROOT.glob("docs/*.md"))]
 PAGES = {str((ROOT / name).relative_to(ROOT)): (ROOT / name).read_text() for name in NAMES}
@@ -250,6 +252,49 @@ def test_the_stream_of_the_console_is_read_by_curl(start: Start, pair: Pair) -> 
     receiver.post(pair, signal_payload(userID="somebody"))
     changes = (("curl", "curl -m 2"), (":3015", f":{receiver.console_port()}"))
     assert "somebody" in recipe("stream", receiver.directory, *changes, may_fail=True)
+
+
+# Prometheus
+
+
+@needs_programs("promtool")
+def test_promtool_finds_no_fault_in_the_metrics(start: Start, pair: Pair, tmp_path: Path) -> None:
+    receiver = start("--console", "0")
+    for _ in ("before anything has come", "and after it"):
+        (tmp_path / "metrics").write_bytes(get(receiver.console_port(), "/metrics").body)
+        result = run("sh", "-c", "promtool check metrics <metrics", cwd=tmp_path)
+        assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+        receiver.verify(pair)
+        for sender, body in ((pair, b"{}"), (pair, b"no signal"), (Pair("stranger"), b"{}")):
+            receiver.post(sender, body)
+
+
+@needs_programs("promtool")
+def test_each_alert_fires_when_it_should_and_only_then(tmp_path: Path) -> None:
+    _, rules = examples("With Prometheus", "docs/alerts.md", "yaml")
+    (tmp_path / "rules.yml").write_text(rules)
+    stored = 'liveapi_signals_total{result="stored",exported_instance="my-app"}'
+    refused = 'liveapi_refused_total{reason="invalid signature",exported_instance="my-app"}'
+    seconds, commits = (f"liveapi_commit_duration_seconds_{each}" for each in ("sum", "count"))
+    cases = {  # what is scraped each minute: it does not fire; it does
+        "LiveApiNothingStored": ({stored: "0+1x60"}, {stored: "5x60"}),
+        "LiveApiRefusalsRising": ({refused: "0+1x60"}, {refused: "0+60x60"}),
+        "LiveApiCannotStore": ({"liveapi_storing": "1x60"}, {"liveapi_storing": "0x60"}),
+        "LiveApiCommitsSlow": (
+            {seconds: "0+6x60", commits: "0+100x60"}, {seconds: "0+12x60", commits: "0+100x60"},
+        ),
+    }  # fmt: skip
+    assert set(re.findall(r"- alert: (\w+)", rules)) == cases.keys()
+    tests = []
+    for (alert, both), fires in itertools.product(cases.items(), (0, 1)):
+        firing = f'count(ALERTS{{alertname="{alert}",alertstate="firing"}}) or vector(0)'
+        expected = {"expr": firing, "eval_time": "40m", "exp_samples": [{"value": fires}]}
+        scraped = [{"series": name, "values": values} for name, values in both[fires].items()]
+        tests.append({"interval": "1m", "input_series": scraped, "promql_expr_test": [expected]})
+    suite = {"rule_files": ["rules.yml"], "evaluation_interval": "1m", "tests": tests}
+    (tmp_path / "tests.yml").write_text(json.dumps(suite))
+    result = run("promtool", "test", "rules", "tests.yml", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 # Encrypted signals
