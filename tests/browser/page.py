@@ -17,9 +17,10 @@ WIDE, PHONE, SMALLEST = (1280, 800), (390, 844), (320, 600)
 class Page:
     """One tab that shows the console of a receiver."""
 
-    def __init__(self, driver: webdriver.Chrome, url: str, receiver: Receiver, pair: Pair) -> None:
-        self.driver, self.url, self.run = driver, url, driver.execute_script
+    def __init__(self, driver: webdriver.Chrome, receiver: Receiver, pair: Pair) -> None:
+        self.driver, self.run = driver, driver.execute_script
         self.receiver, self.pair = receiver, pair
+        self.url = f"http://127.0.0.1:{receiver.console_port()}/"
         self.excused: tuple[str, ...] = ()  # what may stand in the browser's console
 
     def open(self, size: tuple[int, int] = WIDE, dark: bool = False, zone: str = "UTC") -> "Page":

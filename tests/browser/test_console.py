@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import signal
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from importlib import resources
@@ -13,9 +14,13 @@ import axe_core_python
 import pytest
 from harness import Pair, Start, signal_payload
 from page import PHONE, SMALLEST, WIDE, Page
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
+OPTIONS = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
+--disable-background-networking --disable-component-update --lang=en-US"""
 MOMENT = r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d"
 TAKEN = "window.taken = 1"
 HOSTILE = {  # type and user as sent; as shown
@@ -39,6 +44,32 @@ STRANGE = (  # the signal, its type and user as shown
     (f'{{"type":"many","data":{list(range(50_000))}}}', "many", ""),
     (f'{{"type":"giant","data":{{"userID":"{"W" * 900_000}"}}}}', "giant", "W" * 200),
 )
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[webdriver.Chrome]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = "/usr/bin/chromium"
+    for each in OPTIONS.split():
+        options.add_argument(each)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    with webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver")) as driver:
+        driver.get("about:blank")  # away from its own first page, which loads for long
+        yield driver
+
+
+@pytest.fixture
+def page(chromium: webdriver.Chrome, start: Start, pair: Pair) -> Iterator[Page]:
+    """The console, open and connected. No test may end with an error in the browser's console,
+    or with a request to anywhere but this console."""
+    shown = Page(chromium, start("--console", "0"), pair)
+    shown.complaints(), shown.requested()  # those of the test before
+    yield shown.open()
+    complaints, requested = shown.complaints(), shown.requested()
+    chromium.get("about:blank")
+    assert complaints == []
+    assert requested
+    assert [u for u in requested if not u.startswith((shown.url, "data:", "about:"))] == []
 
 
 def numbered(first: int, beyond: int) -> list[bytes]:
