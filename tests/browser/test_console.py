@@ -4,46 +4,116 @@ import itertools
 import json
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from importlib import resources
+from typing import Any
 from zoneinfo import ZoneInfo
 
 import axe_core_python
 import pytest
-from harness import Pair, Start, signal_payload
-from page import PHONE, SMALLEST, WIDE, Page
+from disks import store
+from harness import Pair, Receiver, Start, eventually, signal_payload
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
 
+WIDE, PHONE, SMALLEST = (1280, 800), (390, 844), (320, 600)
 OPTIONS = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
 --disable-background-networking --disable-component-update --lang=en-US"""
 MOMENT = r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d"
-TAKEN = "window.taken = 1"
-HOSTILE = {  # type and user as sent; as shown
-    f"<script>{TAKEN}</script><img src=x onerror='{TAKEN}'>": "",
-    f"\" autofocus onfocus='{TAKEN}' x=\"": "",
-    "</td></table></script><style>* { display: none }</style>": "",
-    "&lt;b&gt;": "",
-    "\ud800": r"\ud800",
-    "\0\a\x1b[31m\x7f\x85": r"\u0000\u0007\u001b[31m\u007f\u0085",
-    "\u202egpj.exe\u202c \u2066x\u2069": r"\u202egpj.exe\u202c \u2066x\u2069",
-    "\u200b\u200f\u2028\ufeff": r"\u200b\u200f\u2028\ufeff",
-}
-STRANGE = (  # the signal, its type and user as shown
-    ("{}", "(no type)", ""),
-    ('{"type":null,"data":null,"timestamp":null}', "(no type)", ""),
-    ('{"type":{"toString":1},"data":["userID"],"timestamp":{"valueOf":1}}', "(no type)", ""),
-    ('{"type":7,"data":{"userID":{"x":[1]},"deviceID":0},"timestamp":1e400}', "7", "0"),
-    ('{"timestamp":{"valueOf":1,"toString":1}}', "(no type)", ""),
-    ('{"__proto__":{"type":1},"constructor":1,"data":{"__proto__":{"userID":1}}}', "(no type)", ""),
-    (f'{{"type":"deep","data":{"[" * 400}{"]" * 400}}}', "deep", ""),
-    (f'{{"type":"many","data":{list(range(50_000))}}}', "many", ""),
-    (f'{{"type":"giant","data":{{"userID":"{"W" * 900_000}"}}}}', "giant", "W" * 200),
-)
+
+
+class Page:
+    """One tab that shows the console of a receiver."""
+
+    def __init__(self, driver: webdriver.Chrome, receiver: Receiver, pair: Pair) -> None:
+        self.driver, self.run = driver, driver.execute_script
+        self.receiver, self.pair = receiver, pair
+        self.url = f"http://127.0.0.1:{receiver.console_port()}/"
+        self.excused: tuple[str, ...] = ()  # what may stand in the browser's console
+
+    def open(self, size: tuple[int, int] = WIDE, dark: bool = False, zone: str = "UTC") -> "Page":
+        metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1}
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        for command, options in (
+            ("setDeviceMetricsOverride", {**metrics, "mobile": size[0] < 600}),
+            ("setEmulatedMedia", {"features": [scheme]}),
+            ("setTimezoneOverride", {"timezoneId": zone}),
+        ):
+            self.driver.execute_cdp_cmd(f"Emulation.{command}", options)
+        self.driver.get(self.url)
+        self.says("state", "Receiving")
+        return self
+
+    def post(self, *payloads: bytes) -> None:
+        store(self.receiver, self.pair, *payloads)
+
+    def until(self, check: Callable[[], Any], seconds: float = 20) -> Any:
+        return eventually(check, seconds, 0.05)
+
+    def all(self, css: str) -> list[WebElement]:
+        return self.driver.find_elements(By.CSS_SELECTOR, css)
+
+    def find(self, css: str) -> WebElement:
+        return self.driver.find_element(By.CSS_SELECTOR, css)
+
+    def text(self, identifier: str) -> str:
+        return self.run("return document.getElementById(arguments[0]).textContent", identifier)
+
+    def says(self, identifier: str, text: str) -> None:
+        self.until(lambda: self.text(identifier) == text)
+
+    def column(self, number: int) -> list[str]:
+        """Of the rows that are shown, the top one first: received, instance, type, or user."""
+        cells = "[...document.querySelectorAll('#rows > :not([hidden]) summary')]"
+        return self.run(f"return {cells}.map(row => row.children[{number}].textContent)")
+
+    def users(self) -> list[str]:
+        return self.column(3)
+
+    def shows(self, users: list[str], seconds: float = 20) -> None:
+        """Wait until these users, and no other, are shown."""
+        self.until(lambda: self.users() == users, seconds)
+
+    def facts(self) -> list[dict[str, str]]:
+        """The figures: of the receiver, then of each instance."""
+        return self.run(
+            "return [...document.querySelectorAll('dl')].map(dl => Object.fromEntries("
+            "[...dl.children].map(each => [...each.children].map(it => it.textContent.trim()))))"
+        )
+
+    def polled(self, times: int) -> None:
+        """Wait until the figures have been asked for so many times more."""
+        asked = "return performance.getEntriesByName(location + 'status').length"
+        enough = self.run(asked) + times
+        self.until(lambda: self.run(asked) >= enough)
+
+    def whole(self, row: int) -> list[str]:
+        """The delay and the line of a row, as a click on it shows them; it is closed again."""
+        click, inside = f"rows.children[{row}].firstChild.click()", "#rows > [open] > :not(summary)"
+        self.run(click)
+        shown = [e.get_property("textContent") for e in self.all(inside) if e.is_displayed()]
+        self.run(click)
+        return shown
+
+    def filter(self, text: str) -> None:
+        self.find("#filter").send_keys(Keys.CONTROL + "a" + Keys.NULL + Keys.DELETE + text)
+
+    def complaints(self) -> list[str]:
+        """What the browser's console holds and the test did not expect."""
+        said = [entry["message"] for entry in self.driver.get_log("browser")]
+        return [text for text in said if not any(each in text for each in self.excused)]
+
+    def requested(self) -> list[str]:
+        """The address of every request that the browser was asked to make."""
+        events = [json.loads(e["message"])["message"] for e in self.driver.get_log("performance")]
+        sent = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        return [each["request"]["url"] for each in sent]
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +140,30 @@ def page(chromium: webdriver.Chrome, start: Start, pair: Pair) -> Iterator[Page]
     assert complaints == []
     assert requested
     assert [u for u in requested if not u.startswith((shown.url, "data:", "about:"))] == []
+
+
+TAKEN = "window.taken = 1"
+HOSTILE = {  # type and user as sent; as shown
+    f"<script>{TAKEN}</script><img src=x onerror='{TAKEN}'>": "",
+    f"\" autofocus onfocus='{TAKEN}' x=\"": "",
+    "</td></table></script><style>* { display: none }</style>": "",
+    "&lt;b&gt;": "",
+    "\ud800": r"\ud800",
+    "\0\a\x1b[31m\x7f\x85": r"\u0000\u0007\u001b[31m\u007f\u0085",
+    "\u202egpj.exe\u202c \u2066x\u2069": r"\u202egpj.exe\u202c \u2066x\u2069",
+    "\u200b\u200f\u2028\ufeff": r"\u200b\u200f\u2028\ufeff",
+}
+STRANGE = (  # the signal, its type and user as shown
+    ("{}", "(no type)", ""),
+    ('{"type":null,"data":null,"timestamp":null}', "(no type)", ""),
+    ('{"type":{"toString":1},"data":["userID"],"timestamp":{"valueOf":1}}', "(no type)", ""),
+    ('{"type":7,"data":{"userID":{"x":[1]},"deviceID":0},"timestamp":1e400}', "7", "0"),
+    ('{"timestamp":{"valueOf":1,"toString":1}}', "(no type)", ""),
+    ('{"__proto__":{"type":1},"constructor":1,"data":{"__proto__":{"userID":1}}}', "(no type)", ""),
+    (f'{{"type":"deep","data":{"[" * 400}{"]" * 400}}}', "deep", ""),
+    (f'{{"type":"many","data":{list(range(50_000))}}}', "many", ""),
+    (f'{{"type":"giant","data":{{"userID":"{"W" * 900_000}"}}}}', "giant", "W" * 200),
+)
 
 
 def numbered(first: int, beyond: int) -> list[bytes]:
@@ -199,7 +293,6 @@ def test_thousands_of_signals_do_not_make_it_slow_and_the_newest_thousand_are_ke
         "rows.offsetHeight; return performance.now() - began",
         stored[-700],
     )
-    print(f"longest between two frames {page.run('return worst'):.0f} ms, filter {took:.0f} ms")
     assert page.users() == [stored[-700]]
     assert page.run("return worst") < 3000  # also on a machine that is busy with other tests
     assert took < 1000
