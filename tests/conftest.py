@@ -25,7 +25,8 @@ def start(tmp_path: Path, pair: Pair) -> Iterator[Start]:
     started: list[Receiver] = []
 
     def begin(*options: str, **more: Any) -> Receiver:
-        receiver = Receiver(more.pop("directory", tmp_path), *options, **{"pairs": (pair,), **more})
+        kind, directory = more.pop("kind", Receiver), more.pop("directory", tmp_path)
+        receiver = kind(directory, *options, **{"pairs": (pair,), **more})
         started.append(receiver)
         return receiver
 

@@ -6,9 +6,10 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPConnection
 from pathlib import Path
+from typing import Any
 
 import pytest
 from disks import ids, injected, left, store, stored_line
@@ -21,20 +22,26 @@ RESULTS = ("stored", "repeated", "refused", "unavailable")
 MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
 
 
-@dataclass
-class Watched:
-    """A receiver and its console."""
+class Watched(Receiver):
+    """A receiver with a console."""
 
-    receiver: Receiver
-    pair: Pair
-    port: int
+    def __init__(
+        self, directory: Path, *options: str, pairs: tuple[Pair, ...], **more: Any
+    ) -> None:
+        super().__init__(directory, "--console", "0", *options, pairs=pairs, **more)
+        self.pair, self.console = pairs[0], self.console_port()
 
-    def post(self, *payloads: bytes) -> None:
-        store(self.receiver, self.pair, *payloads)
+    def store(self, *payloads: bytes) -> None:
+        store(self, self.pair, *payloads)
 
     def get(self, path: str, method: str = "GET", **headers: str) -> Answer:
-        with closing(HTTPConnection("127.0.0.1", self.port, timeout=10)) as connection:
-            return self.receiver.request(method, path, headers=headers, connection=connection)
+        with closing(HTTPConnection("127.0.0.1", self.console, timeout=10)) as connection:
+            return self.request(method, path, headers=headers, connection=connection)
+
+    def resident(self) -> float:
+        """MiB of memory that the process holds."""
+        text = Path("/proc", str(self.process.pid), "status").read_text()
+        return int(re.findall(r"VmRSS:\s+(\d+)", text)[0]) / 1024
 
     def metrics(self) -> dict[str, float]:
         """The samples, by name and labels; it is an error if a line is no Prometheus text."""
@@ -51,10 +58,10 @@ class Watched:
     def watch(self, receive_buffer: int = 0) -> Iterator[Iterator[tuple[str, bytes]]]:
         """The events of the stream, as id and data."""
         with (
-            Wire(self.port, 20, receive_buffer=receive_buffer) as wire,
+            Wire(self.console, 20, receive_buffer=receive_buffer) as wire,
             wire.socket.makefile("rb") as stream,
         ):
-            wire.send(request_bytes("GET", "/signals", {"host": f"localhost:{self.port}"}))
+            wire.send(request_bytes("GET", "/signals", {"host": f"localhost:{self.console}"}))
             assert b" 200 " in stream.readline()
             fields = (line.rstrip(b"\r\n").partition(b": ") for line in stream)
             values = (value for name, _, value in fields if name in (b"id", b"data"))
@@ -65,14 +72,9 @@ Watch = Callable[..., Watched]
 
 
 @pytest.fixture
-def watch(start: Start, pair: Pair) -> Watch:
+def watch(start: Start) -> Watch:
     """Start a receiver with a console."""
-
-    def begin(*options: str, **more: object) -> Watched:
-        receiver = start("--console", "0", *options, **more)
-        return Watched(receiver, pair, receiver.console_port())
-
-    return begin
+    return partial(start, kind=Watched)
 
 
 @pytest.fixture
@@ -90,7 +92,8 @@ FOREIGN = """attacker.example attacker.example:{port} localhost.attacker.example
 
 def test_it_answers_to_its_own_names_and_page_and_to_no_other(watched: Watched) -> None:
     def statuses(path: str, hosts: str, *sites: str) -> set[int]:
-        answers = [watched.get(path, host=host) for host in hosts.format(port=watched.port).split()]
+        hosts = hosts.format(port=watched.console)
+        answers = [watched.get(path, host=host) for host in hosts.split()]
         answers += [watched.get(path, **{"sec-fetch-site": site}) for site in sites]
         return {answer.status for answer in answers}
 
@@ -103,8 +106,8 @@ def test_it_listens_on_loopback_unless_told_otherwise_and_never_beside_the_endpo
     watched: Watched, start: Start, tmp_path: Path
 ) -> None:
     with pytest.raises(OSError, match="refused"):
-        socket.create_connection(("127.0.0.2", watched.port), 5)
-    assert watched.receiver.request("GET", "/signals").status == 404
+        socket.create_connection(("127.0.0.2", watched.console), 5)
+    assert watched.request("GET", "/signals").status == 404
     told = start("--console", "127.0.0.2:0", directory=tmp_path / "elsewhere")
     assert "http://127.0.0.2:" in told.wait_for_log("console")
 
@@ -132,83 +135,75 @@ def test_it_has_these_paths_and_no_other_and_nobody_keeps_what_they_show(watched
 
 
 def test_the_stream_begins_with_the_last_hundred_and_goes_on(watched: Watched) -> None:
-    receiver = watched.receiver
-    watched.post(*(signal_payload() for _ in range(120)))
+    watched.store(*(signal_payload() for _ in range(120)))
     with watched.watch() as stream:
         events = [next(stream) for _ in range(100)]
         for payload in (signal_payload(text="é\u2028"), b'{\n"a": 1\n}'):
-            watched.post(payload)
+            watched.store(payload)
             events.append(next(stream))
-    assert [data for _, data in events] == receiver.raw().splitlines()[20:]
-    assert [each for each, _ in events] == receiver.ids()[20:]
+    assert [data for _, data in events] == watched.raw().splitlines()[20:]
+    assert [each for each, _ in events] == watched.ids()[20:]
 
 
 def test_the_stream_follows_over_closed_segments_and_a_replaced_one(watch: Watch) -> None:
     watched = watch("--segment-bytes", "700")
-    receiver = watched.receiver
     with watched.watch() as events:
         for number in range(12):
             if number == 6:
-                receiver.current.rename(receiver.signals / "20310506T120000.000000Z.jsonl")
+                watched.current.rename(watched.signals / "20310506T120000.000000Z.jsonl")
             payload = signal_payload(number=number)
-            watched.post(payload)
+            watched.store(payload)
             assert next(events)[0] == payload_id(payload)
-    assert len(receiver.closed_segments()) >= 4
+    assert len(watched.closed_segments()) >= 4
 
 
 def test_the_stream_shows_only_what_is_synced_and_not_what_was_there_and_is_cut_off(
     watched: Watched, tmp_path: Path
 ) -> None:
-    receiver, payloads = watched.receiver, [signal_payload() for _ in range(3)]
-    fault = injected(receiver, tmp_path / "t", "fdatasync:error=EIO:delay_enter=1000000:when=2")
+    payloads = [signal_payload() for _ in range(3)]
+    fault = injected(watched, tmp_path / "t", "fdatasync:error=EIO:delay_enter=1000000:when=2")
     # On one connection, and so in one thread: strace counts the calls of each.
-    with watched.watch() as events, fault, closing(receiver.connect()) as connection:
-        answers = [receiver.post(watched.pair, each, connection=connection) for each in payloads]
+    with watched.watch() as events, fault, closing(watched.connect()) as connection:
+        answers = [watched.post(watched.pair, each, connection=connection) for each in payloads]
         assert [answer.status for answer in answers] == [200, 503, 200]
         assert [next(events)[0] for _ in range(2)] == ids(*payloads[::2])
 
 
-def resident(receiver: Receiver) -> float:
-    """MiB of memory that the process holds."""
-    text = Path("/proc", str(receiver.process.pid), "status").read_text()
-    return int(re.findall(r"VmRSS:\s+(\d+)", text)[0]) / 1024
-
-
 def test_a_watcher_that_is_slow_lags_and_costs_no_memory(watched: Watched) -> None:
-    receiver, filler = watched.receiver, "x" * 1_000_000
-    watched.post(signal_payload(text=filler))
+    filler = "x" * 1_000_000
+    watched.store(signal_payload(text=filler))
     with watched.watch(receive_buffer=4096) as slow, watched.watch() as quick:
-        assert next(quick)[0] == receiver.ids()[0]
-        before = resident(receiver)
-        watched.post(*(signal_payload(text=filler) for _ in range(40)))
-        ids = receiver.ids()
-        assert [next(quick)[0] for _ in ids[1:]] == ids[1:]
-        assert resident(receiver) - before < 16
-        assert [next(slow)[0] for _ in ids] == ids
+        assert next(quick)[0] == watched.ids()[0]
+        before = watched.resident()
+        watched.store(*(signal_payload(text=filler) for _ in range(40)))
+        sent = watched.ids()
+        assert [next(quick)[0] for _ in sent[1:]] == sent[1:]
+        assert watched.resident() - before < 16
+        assert [next(slow)[0] for _ in sent] == sent
 
 
 def test_what_a_stream_begins_with_is_bounded_in_bytes_too(watch: Watch, tmp_path: Path) -> None:
     lines = [stored_line(signal_payload(text="x" * 1_000_000)) for _ in range(100)]
     left(tmp_path, b"".join(lines))
     watched = watch()
-    before, peak = resident(watched.receiver), 0.0
+    before, peak = watched.resident(), 0.0
     for _ in range(8):
         with watched.watch() as events:
             next(events)
-            peak = max(peak, resident(watched.receiver))
+            peak = max(peak, watched.resident())
     assert peak - before < 64
     fresh = signal_payload()
     with watched.watch() as events:
-        watched.post(fresh)
+        watched.store(fresh)
         assert any(identity == payload_id(fresh) for identity, _ in events)
 
 
 def test_a_watcher_does_not_hold_up_the_end(watched: Watched) -> None:
-    watched.post(signal_payload())
+    watched.store(signal_payload())
     with watched.watch() as events:
         next(events)
         with within(3):
-            assert watched.receiver.stop() == 0
+            assert watched.stop() == 0
         assert list(events) == []
 
 
@@ -217,12 +212,12 @@ def test_a_watcher_does_not_hold_up_the_end(watched: Watched) -> None:
 
 def some_of_everything(watched: Watched) -> None:
     """A Verify, two signals stored, one of them repeated, and refusals of three kinds."""
-    receiver, pair, first = watched.receiver, watched.pair, signal_payload()
-    assert receiver.verify(pair).status == 200
-    watched.post(first, signal_payload(), first)
-    assert receiver.post(pair, b"{}", **{"x-notificare-signature": "bm8="}).status == 400
-    assert receiver.post(pair, b"no signal").status == 400
-    assert receiver.post(Pair("stranger"), b"{}").status == 400
+    pair, first = watched.pair, signal_payload()
+    assert watched.verify(pair).status == 200
+    watched.store(first, signal_payload(), first)
+    assert watched.post(pair, b"{}", **{"x-notificare-signature": "bm8="}).status == 400
+    assert watched.post(pair, b"no signal").status == 400
+    assert watched.post(Pair("stranger"), b"{}").status == 400
 
 
 def test_the_status_and_the_metrics_tell_what_has_come_and_what_was_refused(
@@ -230,7 +225,6 @@ def test_the_status_and_the_metrics_tell_what_has_come_and_what_was_refused(
 ) -> None:
     began = time.time()
     watched = watch(pairs=(pair, Pair("other")))
-    receiver = watched.receiver
     some_of_everything(watched)
     status = watched.get("/status").json
     assert list(status) == (
@@ -238,14 +232,14 @@ def test_the_status_and_the_metrics_tell_what_has_come_and_what_was_refused(
         " refused refusals".split()
     )
     assert (status["status"], status["reason"]) == ("ok", None)
-    assert status["endpoint"] == receiver.url
-    assert (status["segment"], status["segment_bytes"]) == ("current.jsonl", len(receiver.raw()))
+    assert status["endpoint"] == watched.url
+    assert (status["segment"], status["segment_bytes"]) == ("current.jsonl", len(watched.raw()))
     assert MOMENT.fullmatch(status["started_at"])
     assert time.strftime("%Y-%m-%dT%H:%M", time.gmtime(began)) <= status["started_at"]
     busy, quiet = status["instances"]
     last = {each: busy.pop(f"last_{each}_at") for each in ("verify", "signal")}
     assert MOMENT.fullmatch(last["verify"])
-    assert last["signal"] == receiver.lines()[-1]["received_at"]
+    assert last["signal"] == watched.lines()[-1]["received_at"]
     assert sorted(busy.pop("refused").values()) == [1, 1]
     assert busy == {"instance": "my-app", "stored": 2, "repeated": 1, "unavailable": 0}
     never = {"last_verify_at": None, "last_signal_at": None, "refused": {}}
@@ -254,7 +248,7 @@ def test_the_status_and_the_metrics_tell_what_has_come_and_what_was_refused(
     assert [each["instance"] for each in status["refusals"]] == ["my-app", "my-app", ""]
     assert all(MOMENT.fullmatch(each["at"]) and each["reason"] for each in status["refusals"])
 
-    with Wire(receiver.port), Wire(receiver.port):
+    with Wire(watched.port), Wire(watched.port):
         eventually(lambda: watched.metrics()["liveapi_connections"] == 2)
         assert watched.get("/status").json["connections"] == 2
     samples = watched.metrics()
@@ -265,7 +259,7 @@ def test_the_status_and_the_metrics_tell_what_has_come_and_what_was_refused(
     named = re.findall(r'instance="([^"]*)",reason="[^"]+"', "".join(refused))
     assert sorted(named) == ["", "my-app", "my-app"]
     assert set(refused.values()) == {1}
-    assert samples["liveapi_segment_bytes"] == len(receiver.raw())
+    assert samples["liveapi_segment_bytes"] == len(watched.raw())
     assert samples["liveapi_commit_lines_total"] == 2
     assert 1 <= samples["liveapi_commit_duration_seconds_count"] <= 2
     assert samples["liveapi_commit_duration_seconds_sum"] > 0
@@ -274,7 +268,7 @@ def test_the_status_and_the_metrics_tell_what_has_come_and_what_was_refused(
         assert began - 1 <= when <= time.time() + 1
 
     for _ in range(30):
-        receiver.post(Pair("stranger"), b"{}")
+        watched.post(Pair("stranger"), b"{}")
     assert len(watched.get("/status").json["refusals"]) == 20
 
 
@@ -283,10 +277,10 @@ def test_after_a_restart_the_last_signal_is_known_from_the_log(watch: Watch) -> 
     some_of_everything(before)
     when = 'liveapi_last_signal_timestamp_seconds{instance="my-app"}'
     seconds = before.metrics()[when]
-    assert before.receiver.stop() == 0
+    assert before.stop() == 0
     after = watch()
     (now,) = after.get("/status").json["instances"]
-    assert now["last_signal_at"] == before.receiver.lines()[-1]["received_at"]
+    assert now["last_signal_at"] == before.lines()[-1]["received_at"]
     assert (now["stored"], after.metrics()[when]) == (0, seconds)
 
 
@@ -313,29 +307,28 @@ def test_the_metrics_have_the_documented_names_and_all_results_from_the_start(
 
 
 def test_strangers_add_no_line_to_the_metrics_and_no_key_is_in_them(watched: Watched) -> None:
-    receiver, pair, sizes = watched.receiver, watched.pair, set()
+    sizes = set()
     some_of_everything(watched)
     for n in range(50):
-        receiver.post(Pair(f"stranger-{n}"), signal_payload())
-        watched.post(signal_payload(type=f"re.notifica.event.custom.{n}"))
-        receiver.request("GET", f"/path-{n}")
-        receiver.request(f"METHOD{n}", "/live")
-        receiver.request("POST", "/live", b"{}", {"content-encoding": f"coding-{n}"})
+        watched.post(Pair(f"stranger-{n}"), signal_payload())
+        watched.store(signal_payload(type=f"re.notifica.event.custom.{n}"))
+        watched.request("GET", f"/path-{n}")
+        watched.request(f"METHOD{n}", "/live")
+        watched.request("POST", "/live", b"{}", {"content-encoding": f"coding-{n}"})
         text = watched.get("/metrics").body.decode()
         sizes.add(len(text.splitlines()))
     assert len(sizes) == 1
-    assert pair.private not in text
-    assert pair.public not in text
+    assert watched.pair.private not in text
+    assert watched.pair.public not in text
 
 
 def test_while_it_cannot_store_status_and_metrics_say_so(watched: Watched) -> None:
-    receiver = watched.receiver
-    receiver.signals.rename(receiver.directory / "aside")
-    assert receiver.post(watched.pair, signal_payload()).status == 503
+    watched.signals.rename(watched.directory / "aside")
+    assert watched.post(watched.pair, signal_payload()).status == 503
     status = watched.get("/status").json
     assert status["status"] == "unavailable"
     assert status["reason"]
     samples = watched.metrics()
     assert samples["liveapi_storing"] == 0
     assert samples['liveapi_signals_total{instance="my-app",result="unavailable"}'] == 1
-    assert json.loads(receiver.request("GET", "/status").body) == {"status": "unavailable"}
+    assert json.loads(watched.request("GET", "/status").body) == {"status": "unavailable"}
