@@ -1,6 +1,5 @@
 """The console listener, without a browser: whom it answers, the stream, the figures."""
 
-import json
 import re
 import socket
 import time
@@ -331,4 +330,4 @@ def test_while_it_cannot_store_status_and_metrics_say_so(watched: Watched) -> No
     samples = watched.metrics()
     assert samples["liveapi_storing"] == 0
     assert samples['liveapi_signals_total{instance="my-app",result="unavailable"}'] == 1
-    assert json.loads(watched.request("GET", "/status").body) == {"status": "unavailable"}
+    assert watched.request("GET", "/status").json == {"status": "unavailable"}

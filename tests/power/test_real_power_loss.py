@@ -73,4 +73,4 @@ def test_a_power_loss_with_and_without_errors_before_it_loses_nothing_that_was_a
                 assert load.acknowledged <= found, "acknowledged, and lost"
             receiver = start("--segment-bytes", "30000", port=port)
         assert receiver.stop() == 0
-        print(f"{LOSSES} power losses, {balance(load, file_system)}")
+        balance(load, file_system)
