@@ -117,13 +117,16 @@ def test_the_load_is_spread_and_a_repeat_reaches_who_holds_the_first(fleet: Flee
     assert all(0.2 < share[name] / share.total() < 0.46 for name in NAMES), share
 
 
-def test_a_repeat_in_clear_is_doubled_only_if_its_receiver_failed_in_between(fleet: Fleet) -> None:
+def test_a_repeat_is_doubled_only_if_its_receiver_failed_in_between_which_costs_no_sender_an_error(
+    fleet: Fleet,
+) -> None:
     payload = fleet.payload_for("a")
     assert fleet.post(payload) == 200
     assert fleet.held_by(payload) == {"a": 1}
     fleet.running["a"].kill()
     assert fleet.post(payload) == 200
     assert len(fleet.held_by(payload)) == 2
+    fleet.post_new(100)
     fleet.wait_for("a", "DOWN")
     # Who takes a's place may change when it is found to be down, not only tried in vain.
     assert fleet.post(payload) == fleet.post(payload) == 200
@@ -140,12 +143,6 @@ def test_a_signal_encrypted_again_may_be_in_another_log_but_once_in_each(fleet: 
     copies = fleet.held_by(payload)
     assert len(copies) > 1
     assert set(copies.values()) == {1}
-
-
-def test_a_receiver_that_is_down_costs_no_sender_an_error(fleet: Fleet) -> None:
-    fleet.running["b"].kill()
-    fleet.post_new(300)
-    assert int(fleet.stats("wredis")["b"]) > 0
 
 
 def test_a_signal_in_flight_to_a_receiver_that_hangs_goes_to_another(fleet: Fleet) -> None:

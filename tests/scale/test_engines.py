@@ -24,14 +24,6 @@ from pages import examples, replaced
 from tools import needs_programs
 
 HERE = Path(__file__).parent
-README = "tests/scale/README.md"
-OPENS, DEVICES = HERE / "opens_per_notification.sql", HERE / "active_devices_per_hour.sql"
-OPEN = "re.notifica.event.notification.Open"
-OTHERS = [f"re.notifica.event.{name}" for name in ("application.Open", "custom.checkout")]
-CHECK = "re.notifica.event.custom.liveapi_check"  # what `check` sends
-HOUR = 3_600_000
-MIDNIGHT = 1_763_856_000_000  # 2025-11-23
-Counts = Counter[tuple[str, str]]
 
 
 # rsyslog and PostgreSQL, as docs/shippers.md has them
@@ -132,6 +124,16 @@ def test_postgresql_takes_every_signal_once_and_byte_for_byte(start: Start, pair
 
 
 # DuckDB and Spark, as README.md here has them
+
+
+README = "tests/scale/README.md"
+OPENS, DEVICES = HERE / "opens_per_notification.sql", HERE / "active_devices_per_hour.sql"
+OPEN = "re.notifica.event.notification.Open"
+OTHERS = [f"re.notifica.event.{name}" for name in ("application.Open", "custom.checkout")]
+CHECK = "re.notifica.event.custom.liveapi_check"  # what `check` sends
+HOUR = 3_600_000
+MIDNIGHT = 1_763_856_000_000  # 2025-11-23
+Counts = Counter[tuple[str, str]]
 
 
 def documented_command(start: str, changes: dict[str, str]) -> str:
