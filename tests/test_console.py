@@ -3,7 +3,7 @@
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from http.client import HTTPConnection
@@ -67,17 +67,14 @@ class Watched(Receiver):
             yield ((identity.decode(), next(values)) for identity in values)
 
 
-Watch = Callable[..., Watched]
-
-
 @pytest.fixture
-def watch(start: Start) -> Watch:
+def watch(start: Start) -> Start:
     """Start a receiver with a console."""
     return partial(start, kind=Watched)
 
 
 @pytest.fixture
-def watched(watch: Watch) -> Watched:
+def watched(watch: Start) -> Watched:
     return watch()
 
 
@@ -144,7 +141,7 @@ def test_the_stream_begins_with_the_last_hundred_and_goes_on(watched: Watched) -
     assert [each for each, _ in events] == watched.ids()[20:]
 
 
-def test_the_stream_follows_over_closed_segments_and_a_replaced_one(watch: Watch) -> None:
+def test_the_stream_follows_over_closed_segments_and_a_replaced_one(watch: Start) -> None:
     watched = watch("--segment-bytes", "700")
     with watched.watch() as events:
         for number in range(12):
@@ -181,7 +178,7 @@ def test_a_watcher_that_is_slow_lags_and_costs_no_memory(watched: Watched) -> No
         assert [next(slow)[0] for _ in sent] == sent
 
 
-def test_what_a_stream_begins_with_is_bounded_in_bytes_too(watch: Watch, tmp_path: Path) -> None:
+def test_what_a_stream_begins_with_is_bounded_in_bytes_too(watch: Start, tmp_path: Path) -> None:
     lines = [stored_line(signal_payload(text="x" * 1_000_000)) for _ in range(100)]
     left(tmp_path, b"".join(lines))
     watched = watch()
@@ -220,7 +217,7 @@ def some_of_everything(watched: Watched) -> None:
 
 
 def test_the_status_and_the_metrics_tell_what_has_come_and_what_was_refused(
-    watch: Watch, pair: Pair
+    watch: Start, pair: Pair
 ) -> None:
     began = time.time()
     watched = watch(pairs=(pair, Pair("other")))
@@ -271,7 +268,7 @@ def test_the_status_and_the_metrics_tell_what_has_come_and_what_was_refused(
     assert len(watched.get("/status").json["refusals"]) == 20
 
 
-def test_after_a_restart_the_last_signal_is_known_from_the_log(watch: Watch) -> None:
+def test_after_a_restart_the_last_signal_is_known_from_the_log(watch: Start) -> None:
     before = watch()
     some_of_everything(before)
     when = 'liveapi_last_signal_timestamp_seconds{instance="my-app"}'
@@ -284,7 +281,7 @@ def test_after_a_restart_the_last_signal_is_known_from_the_log(watch: Watch) -> 
 
 
 def test_the_metrics_have_the_documented_names_and_all_results_from_the_start(
-    watch: Watch, pair: Pair
+    watch: Start, pair: Pair
 ) -> None:
     watched = watch(pairs=(pair, Pair("other@label")))
     text = watched.get("/metrics").body.decode()
