@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from harness import Pair, Receiver, eventually, payload_id, run
+from harness import Receiver, eventually, payload_id, run
 
 TRACED = re.compile(r"TracerPid:\t[1-9]")
 MEGABYTES = {"tmpfs": 8, "ext4": 64, "xfs": 320}  # the least that mkfs makes, or a little more
@@ -120,10 +120,6 @@ def stored_line(payload: bytes, received_at: str = "2031-05-06T12:00:00.000001Z"
     """A whole line of the log, of my-app, as an earlier run left it."""
     head = f'{{"received_at":"{received_at}","instance":"my-app","id":"{payload_id(payload)}"'
     return head.encode() + b',"signal":' + payload + b"}\n"
-
-
-def store(receiver: Receiver, pair: Pair, *payloads: bytes) -> None:
-    receiver.store(*payloads, pair=pair)
 
 
 def ids(*payloads: bytes) -> list[str]:

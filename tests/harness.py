@@ -208,11 +208,6 @@ class Receiver:
         line = self.wait_for_log("console.*http://")
         return urlsplit(re.findall(r"http://[^\s,;]+", line)[0]).port or 0
 
-    def console_port(self) -> int:
-        """Where its console listens; there must be one."""
-        line = self.wait_for_log("console.*http://")
-        return urlsplit(re.findall(r"http://[^\s,;]+", line)[0]).port or 0
-
     def closed_segments(self) -> list[Path]:
         """The closed segments of the log, oldest first."""
         return sorted(self.signals.glob("????????T??????.??????Z.jsonl"))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disks import ids, injected, left, store, stored_line
+from disks import ids, injected, left, stored_line
 from harness import Answer, Pair, Receiver, Start, eventually, payload_id, signal_payload, within
 from pages import rows
 from wire import Wire, request_bytes
@@ -28,10 +28,7 @@ class Watched(Receiver):
         self, directory: Path, *options: str, pairs: tuple[Pair, ...], **more: Any
     ) -> None:
         super().__init__(directory, "--console", "0", *options, pairs=pairs, **more)
-        self.pair, self.console = pairs[0], self.console_port()
-
-    def store(self, *payloads: bytes) -> None:
-        store(self, self.pair, *payloads)
+        self.console = self.console_port()
 
     def get(self, path: str, method: str = "GET", **headers: str) -> Answer:
         with closing(HTTPConnection("127.0.0.1", self.console, timeout=10)) as connection:

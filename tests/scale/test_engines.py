@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disks import store
 from harness import ROOT, Pair, Receiver, Start, eventually, running, signal_payload
 from load import Load
 from pages import examples, replaced
@@ -87,24 +86,24 @@ def test_every_line_is_shipped_whole_through_renames_restarts_of_the_shipper_and
             load.reach(500)
         assert load.answers.keys() == {200}
         assert load.acknowledged <= set(receiver.ids())
-        store(receiver, pair, signal_payload(text="y" * 900_000))
+        receiver.store(signal_payload(text="y" * 900_000))
         stored |= set(receiver.raw().splitlines())
         shipper.ships(stored)
         shipper.stop(signal.SIGTERM)
         for segment in receiver.closed_segments():
             segment.unlink()  # a new segment may get the inode of a removed one
-        store(receiver, pair, signal_payload())
+        receiver.store(signal_payload())
         shipper.start()
     shipper.ships(stored | set(receiver.raw().splitlines()))
 
 
 @needs_programs("pg_virtualenv")
-def test_postgresql_takes_every_signal_once_and_byte_for_byte(start: Start, pair: Pair) -> None:
+def test_postgresql_takes_every_signal_once_and_byte_for_byte(start: Start) -> None:
     receiver = start("--segment-bytes", "500")
     sent = [signal_payload(text=text) for text in ("\\N \n", 'a "quote"', "\t", "\0", "half")]
     sent[-1] = sent[-1].replace(b"half", b"\\ud800")
     sent.append(signal_payload(text=0).replace(b":0}", b":1e400}"))
-    store(receiver, pair, *sent, *sent)
+    receiver.store(*sent, *sent)
     closed = receiver.closed_segments()
     taken = b"".join(path.read_bytes() for path in closed).count(b"\n")
     assert len(closed) > 1
@@ -184,11 +183,11 @@ def test_opens_per_notification_and_active_devices_per_hour_count_each_signal_on
         sent = payload(kind, at, id=f"{number:024x}", deviceID=device, notification=name)
         if number % 7 == 0:
             assert receiver.post_encrypted(pair, sent).status == 200
-        store(receiver, pair, sent)
+        receiver.store(sent)
         hours[(at - MIDNIGHT) // HOUR].append(device)
         if kind == OPEN:
             opens[name].append(device)
-    store(receiver, pair, signal_payload(type=CHECK, deviceID="none"))
+    receiver.store(signal_payload(type=CHECK, deviceID="none"))
     # One as logrotate leaves it, and one that another receiver holds too.
     compressed, *others = receiver.closed_segments()
     subprocess.run(["gzip", "--suffix", ".1.gz", compressed], check=True)
@@ -204,9 +203,8 @@ def test_opens_per_notification_and_active_devices_per_hour_count_each_signal_on
     ]
 
 
-def test_a_strange_signal_does_not_stop_a_query(receiver: Receiver, pair: Pair) -> None:
-    store(
-        receiver, pair,
+def test_a_strange_signal_does_not_stop_a_query(receiver: Receiver) -> None:
+    receiver.store(
         payload(OPEN, "soon", deviceID="one"),
         payload(OPEN, 99999999999999999, deviceID="two"),
         payload(OPEN, MIDNIGHT, deviceID="three").replace(b"three", b"\\ud800"),
@@ -295,7 +293,7 @@ def earlier(segment: Path, days: int, to: Path) -> int:
 
 @needs_programs("java", "rsync")
 def test_spark_counts_closed_segments_exactly_across_a_kill_and_a_restart(
-    start: Start, pair: Pair, tmp_path: Path
+    start: Start, tmp_path: Path
 ) -> None:
     job, options = Job(tmp_path), ("--segment-bytes", "40000")
     receivers = {name: start(*options, directory=tmp_path / name) for name in ("a", "b", "c")}
@@ -309,10 +307,10 @@ def test_spark_counts_closed_segments_exactly_across_a_kill_and_a_restart(
             kind = chance.choice([OPEN, *OTHERS])
             sent.append(payload(kind, at, id=f"{len(sent):024x}", deviceID=device))
             first, other = chance.sample(list(receivers.values()), 2)
-            store(first, pair, sent[-1])
+            first.store(sent[-1])
             if number % 5 == 0:
-                store(other, pair, sent[-1] if number % 10 == 0 else chance.choice(sent))
-        store(receivers["a"], pair, signal_payload(type=CHECK))
+                other.store(sent[-1] if number % 10 == 0 else chance.choice(sent))
+        receivers["a"].store(signal_payload(type=CHECK))
         for name, receiver in receivers.items():
             job.fetch(name, receiver)
 

@@ -13,7 +13,6 @@ from zoneinfo import ZoneInfo
 
 import axe_core_python
 import pytest
-from disks import store
 from harness import Pair, Receiver, Start, eventually, signal_payload
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
@@ -51,7 +50,7 @@ class Page:
         return self
 
     def post(self, *payloads: bytes) -> None:
-        store(self.receiver, self.pair, *payloads)
+        self.receiver.store(*payloads)
 
     def until(self, check: Callable[[], Any], seconds: float = 20) -> Any:
         return eventually(check, seconds, 0.05)
