@@ -11,11 +11,11 @@ The file is read from top to bottom in the order in which a signal travels: 1 Re
 
 Each connection has a thread, which may block: a housekeeper shuts the sockets of those that are
 late. A thread with a signal hands its line to the log, and waits. The log's own thread writes and
-syncs at once all lines that have gathered meanwhile; then the others answer 200.
+syncs in one go all lines that have gathered meanwhile; then the others answer 200.
 
-Locks: SignalLog.turn, Server.room and Figures.counting are held for microseconds, of these the
-last may be taken within the second, and the second within Server.accepting, which is held by the
-thread that waits for a connection.
+Locks: SignalLog.turn, Server.room and Figures.counting are held for microseconds. Only these are
+nested: counting within room, and room within Server.accepting, which is held by the thread that
+waits for a connection.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ import socketserver
 import ssl
 import stat
 import sys
-import sysconfig
 import tempfile
 import threading
 import time
@@ -465,10 +464,11 @@ READ_BYTES = 1 << 20  # read at once, so that a segment of any size costs no mem
 WAITING_BYTES = 64 << 20  # lines that wait for the disk; what is over gets 503
 BATCH_BYTES = 8 << 20  # written at once, for the write needs a copy
 FLOOR_BYTES = 1 << 20  # a disk with less room is full
-RETRY_SECONDS = 1.0  # between two tries to store again
+RETRY_SECONDS = 1.0  # between two tries to store again, and two looks whether a closing is due
 STALL_SECONDS = 10.0  # a disk that takes longer for a commit cannot store signals
-DAY = 86400  # seconds
+NEVER, DAY = float("inf"), 86400  # seconds
 NEW = os.O_CREAT | os.O_NOFOLLOW  # to open a file that is made if missing
+RESULTS = ("stored", "repeated", "refused", "unavailable")  # what may become of a signal
 
 
 def sync_directory(directory: Path | str, disk: Any = os) -> None:
@@ -483,14 +483,14 @@ class Entry:
     """A line on its way to the disk; its handler waits for it, and so do those of its repeats."""
 
     def __init__(self, key: bytes, line: bytes) -> None:
-        self.key, self.line, self.stored = key, line, False
+        self.key, self.line, self.stored = key, line, False  # the key is that of the window
         self.undecided = threading.Lock()  # held until it is known whether the line is stored
         self.undecided.acquire()
 
 
 class SignalLog:
-    """The log of all instances. Any thread may have a line stored, and waits for it; the log's own
-    thread, which alone touches the segment, commits at once what has gathered meanwhile."""
+    """The log of all instances. Any thread may have a line stored, and waits for it. After start()
+    only the log's own thread writes: what has gathered meanwhile is one batch, with one sync."""
 
     def __init__(self, directory: Path, window: int, segment_bytes: int) -> None:
         self.prefix = f"{directory}/"  # joining paths by pathlib takes as long as the call itself
@@ -509,33 +509,34 @@ class SignalLog:
         self.failure = ""  # what stands in the way of storing, if anything
         self.needed = 0  # bytes of the batch that is being stored, or could not be
         self.busy_since = NEVER  # with the disk
-        self.commits, self.commit_seconds = 0, 0.0
+        self.spent = (0, 0.0)  # commits, and seconds for them
 
-    def store(self, instance: str, identity: bytes, line: bytes) -> str:
+    def store(self, entry: Entry) -> str:
         """Have a line on disk, and wait until it is: what has become of it, one of RESULTS."""
-        entry = self.offer(identity + instance.encode(), line)
-        if isinstance(entry, str):
-            return entry
-        with entry.undecided:  # faster than an Event
+        first = self.offer(entry)
+        if isinstance(first, str):
+            return first
+        with first.undecided:  # faster than an Event
             pass
-        if not entry.stored:
+        if not first.stored:
             return "unavailable"
-        return "stored" if entry.line is line else "repeated"
+        return "stored" if first is entry else "repeated"
 
-    def offer(self, key: bytes, line: bytes) -> Entry | str:
-        """Take a line on, or say what has become of it already."""
+    def offer(self, entry: Entry) -> Entry | str:
+        """Take a line on: the entry to wait for, or what has become of the line already."""
         with self.turn:
-            if key in self.window:
+            if entry.key in self.window:
                 return "repeated"
-            if first := self.in_flight.get(key):  # a repeat shares the fate of the first copy
+            if first := self.in_flight.get(entry.key):  # a repeat shares the first copy's fate
+                entry.line = b""  # else a disk that hangs has it in memory once more for each
                 return first
+            # A hint, unguarded: what slips through is told by its commit.
             broken = self.failure and (self.damaged or self.fd < 0)
-            if broken or (self.waiting and self.waiting + len(line) > WAITING_BYTES):
+            if broken or (self.waiting and self.waiting + len(entry.line) > WAITING_BYTES):
                 return "unavailable"
-            entry = Entry(key, line)
             if self.window_size:
-                self.in_flight[key] = entry
-            self.waiting += len(line)
+                self.in_flight[entry.key] = entry
+            self.waiting += len(entry.line)
             self.pending.append(entry)
             self.turn.notify()
             return entry
@@ -558,8 +559,8 @@ class SignalLog:
                 size += len(batch[-1].line)
         stored = self._store(b"".join([entry.line for entry in batch]))
         if stored:
-            self.commits += 1
-            self.commit_seconds += time.monotonic() - started
+            commits, seconds = self.spent
+            self.spent = (commits + 1, seconds + time.monotonic() - started)
         with self.turn:
             self.waiting -= size
             for entry in batch:
@@ -733,7 +734,7 @@ class SignalLog:
         self.window = OrderedDict.fromkeys(reversed(keys))
         if damaged:
             log.warning("left %d damaged line(s) of the log as they are", damaged)
-        self.commit()
+        self.commit()  # nothing waits yet: it closes what is due, and tells whether there is room
         return received
 
     def _stored_lines(self, name: str) -> Iterator[bytes]:
@@ -766,7 +767,6 @@ class SignalLog:
 
 # ---- 5  Figures: what is counted, and what is logged once a minute -------------------------------
 
-RESULTS = ("stored", "repeated", "refused", "unavailable")
 REASON_SECONDS = 60.0  # what a client can cause is logged no more often, for an instance and reason
 
 
@@ -786,8 +786,8 @@ class Figures:
     def count(self, instance: str, result: str, received_at: str) -> None:
         with self.counting:
             self.signals[instance, result] += 1
-            if result == "stored":  # several are counted at once, in any order
-                self.received[instance] = max(received_at, self.received.get(instance, ""))
+            if result == "stored":  # of several that are stored at once, any may be the last
+                self.received[instance] = received_at
 
     def refuse(self, instance: str, reason: str, detail: str = "") -> None:
         with self.counting:
@@ -827,7 +827,6 @@ GRACE_SECONDS = 0.2  # at a stop, for a connection or a request that has just co
 SWEEP_SECONDS = 1.0  # between two looks at the connections, unless the timeouts are short
 RELIEF_SECONDS = 0.1  # between two tries to make room
 DISCARD_BYTES = 65536
-NEVER = float("inf")
 
 
 class Server(socketserver.BaseServer):
@@ -1021,7 +1020,7 @@ class StrictHandler(BaseHTTPRequestHandler):
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # RFC 9110 section 10.1.1
         body = read_body(self.rfile, head, most)
         self.close_connection = self.said_all = head.close
-        self.wait("busy", NEVER)
+        self.wait("busy", NEVER)  # with its work, or for the disk: it is not shut meanwhile
         return body
 
     def refuse(self, refusal: Refusal) -> None:
@@ -1089,7 +1088,7 @@ class SignalHandler(StrictHandler):
         self.answer(Answer(200, instance.sign(challenge.encode()), "text/plain"))
 
     def do_POST(self) -> None:
-        """A signal: authentic? then decrypt, then read; then off to the log, which will tell."""
+        """A signal: authentic? then decrypt, then read; then wait until the log has decided."""
         fields = self.head.fields
         instance = self.find_instance(asked=SIGNATURE in fields)
         body = self.read_body()
@@ -1099,9 +1098,10 @@ class SignalHandler(StrictHandler):
         parse_object(payload)
         identity = signal_id(payload)
         line = signal_line(instance.name, identity, payload)
-        del body, payload  # else a disk that hangs has each signal in memory twice
-        result = self.server.signal_log.store(instance.name, identity, line)
-        self.server.figures.count(instance.name, result, line[RECEIVED_AT].decode())
+        entry, received_at = Entry(identity + instance.name.encode(), line), line[RECEIVED_AT]
+        del body, payload, line  # else a disk that hangs has a signal in memory more than once
+        result = self.server.signal_log.store(entry)
+        self.server.figures.count(instance.name, result, received_at.decode())
         self.answer(CANNOT_STORE if result == "unavailable" else ACCEPTED)
 
     def find_instance(self, *, asked: bool) -> Instance:
@@ -1325,7 +1325,8 @@ def metrics(receiver: Server) -> bytes:
         every = itertools.product([*names_of(receiver.instances), ""], RESULTS)
         results = {each: figures.signals[each] for each in every}
         started = datetime.fromisoformat(figures.started).timestamp()
-        spent = {"_sum": round(signal_log.commit_seconds, 6), "_count": signal_log.commits}
+        commits, seconds = signal_log.spent
+        spent = {"_sum": round(seconds, 6), "_count": commits}
         samples: dict[str, dict[str, float]] = {
             "signals_total counter Signals by what became of them": by("result", results),
             "refused_total counter Requests refused": by("reason", figures.refused),
@@ -1518,7 +1519,7 @@ def open_servers(settings: Settings) -> tuple[Server, list[Server]]:
 
 def keep_house(receiver: Server, others: list[Server]) -> NoReturn:
     """A thread's life: start the others, then look at deadlines now and then, and tell the status.
-    It takes all locks but the disk's: should one be held for good, there are no more pings."""
+    It takes each lock that handlers and log share: is one held for good, the pings end."""
     settings, signal_log, servers = receiver.settings, receiver.signal_log, [receiver, *others]
     watchdog = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 or NEVER
     threading.Thread(target=signal_log.run, daemon=True).start()
@@ -1537,7 +1538,7 @@ def keep_house(receiver: Server, others: list[Server]) -> NoReturn:
         state = f"CANNOT STORE SIGNALS ({why})" if why else "storing signals"
         if not receiver.stopping:
             notify(f"STATUS={state}{receiver.not_reloaded}: {receiver.figures.summary()}")
-        with signal_log.turn:
+        with signal_log.turn:  # guards none of these, but must be free for a ping
             alive = receiver.free or receiver.threads > receiver.most
         if watchdog != NEVER and alive:
             notify("WATCHDOG=1")
@@ -1547,9 +1548,9 @@ def keep_house(receiver: Server, others: list[Server]) -> NoReturn:
 def stay_on_one_core(port: int) -> None:
     """Keep the threads together. They take turns with the interpreter lock, and a turn that goes
     to another core takes longer than a signal: on one core about twice as many are stored."""
-    if not sysconfig.get_config_var("Py_GIL_DISABLED"):
-        cores = sorted(os.sched_getaffinity(0))  # CPUAffinity= may leave some out
+    if getattr(sys, "_is_gil_enabled", lambda: True)():  # a free-threaded Python has none
         with contextlib.suppress(OSError):  # a sandbox may not allow it
+            cores = sorted(os.sched_getaffinity(0))  # CPUAffinity= may leave some out
             os.sched_setaffinity(0, {cores[port % len(cores)]})  # neighbours take different ones
 
 

@@ -277,6 +277,16 @@ def test_after_a_restart_the_last_signal_is_known_from_the_log(watch: Start) -> 
     assert (now["stored"], after.metrics()[when]) == (0, seconds)
 
 
+def test_the_last_signal_is_the_newest_also_after_a_clock_that_was_ahead(
+    watch: Start, tmp_path: Path
+) -> None:
+    left(tmp_path, stored_line(b"{}", "2231-05-06T12:00:00.000001Z"))
+    watched = watch()
+    watched.store(signal_payload())
+    (now,) = watched.get("/status").json["instances"]
+    assert now["last_signal_at"] == watched.lines()[-1]["received_at"] < "2231"
+
+
 def test_the_metrics_have_the_documented_names_and_all_results_from_the_start(
     watch: Start, pair: Pair
 ) -> None:

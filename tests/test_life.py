@@ -14,7 +14,7 @@ from pathlib import Path
 from ssl import SSLContext
 
 import pytest
-from disks import ids, left, stored_line
+from disks import ids, left, stored_line, traced
 from harness import SERVE, Pair, Receiver, Start, bash, eventually, refusal, signal_payload, within
 from peers import Certificate, Manager, at_once, make_certificate
 from wire import Wire, ask, post_bytes, request_bytes
@@ -59,6 +59,17 @@ def test_all_its_threads_stay_on_one_of_the_cores_it_may_use_by_its_port(
     assert len(threads) > 2
     chosen = {cores[receiver.port % len(cores)]}
     assert all(os.sched_getaffinity(thread) == chosen for thread in threads)
+
+
+@pytest.mark.parametrize("call", ["sched_getaffinity", "sched_setaffinity"])
+def test_a_sandbox_in_which_it_may_not_choose_a_core_is_no_trouble(
+    start: Start, tmp_path: Path, call: str
+) -> None:
+    trace = tmp_path / "trace"
+    receiver = start(wrapper=traced(trace, f"inject={call}:error=EPERM"))
+    receiver.store(PAYLOAD)
+    assert "EPERM" in trace.read_text()
+    assert receiver.stop() == 0
 
 
 # --- The end ----------------------------------------------------------------------------------

@@ -320,7 +320,7 @@ class Sender:
             instance, payload = message
             identity = bytes.fromhex(payload_id(payload))
             line = signal_line(instance, identity, payload)
-            entry = self.log.offer(identity + instance.encode(), line)
+            entry = self.log.offer(Entry(identity + instance.encode(), line))
             if isinstance(entry, Entry):
                 taken[message] = entry
             elif entry == "repeated":
