@@ -51,9 +51,9 @@ def send_and_be_read(receiver: Receiver, wire: Wire, data: bytes) -> None:
 
 
 def test_all_its_threads_stay_on_one_of_the_cores_it_may_use_by_its_port(
-    receiver: Receiver, pair: Pair
+    receiver: Receiver,
 ) -> None:
-    receiver.post(pair, signal_payload())
+    receiver.store(PAYLOAD)
     cores = sorted(os.sched_getaffinity(0))
     threads = [int(path.name) for path in Path(f"/proc/{receiver.process.pid}/task").iterdir()]
     assert len(threads) > 2
