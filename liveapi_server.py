@@ -479,12 +479,18 @@ def sync_directory(directory: Path | str, disk: Any = os) -> None:
         disk.close(fd)
 
 
+@dataclass(slots=True)
 class Entry:
-    """A line on its way to the disk; its handler waits for it, and so do those of its repeats."""
+    key: bytes  # of the window
+    line: bytes
 
-    def __init__(self, key: bytes, line: bytes) -> None:
-        self.key, self.line, self.stored = key, line, False  # the key is that of the window
-        self.undecided = threading.Lock()  # held until it is known whether the line is stored
+
+class Batch:
+    """Lines that are written at once, with one sync; their handlers wait for it."""
+
+    def __init__(self) -> None:
+        self.entries, self.size, self.stored = list[Entry](), 0, False  # size in bytes
+        self.undecided = threading.Lock()  # held until it is known whether it is stored
         self.undecided.acquire()
 
 
@@ -498,8 +504,8 @@ class SignalLog:
         self.disk: Any = os  # tests have a disk of their own stand in for it, and for the clock
         self.clock = time.time
         self.turn = threading.Condition()  # guards the next four; held for microseconds
-        self.pending = deque[Entry]()
-        self.in_flight = dict[bytes, Entry]()  # what is pending or being committed
+        self.pending = deque[Batch]()
+        self.in_flight = dict[bytes, Batch]()  # where a key is pending or being committed
         self.waiting = 0  # bytes of it
         self.window, self.window_size = OrderedDict[bytes, None](), window  # the newest keys
         self.fd, self.place = -1, (0, 0, 0)  # device, inode, and bytes, all of acknowledged lines
@@ -513,33 +519,35 @@ class SignalLog:
 
     def store(self, entry: Entry) -> str:
         """Have a line on disk, and wait until it is: what has become of it, one of RESULTS."""
-        first = self.offer(entry)
-        if isinstance(first, str):
-            return first
-        with first.undecided:  # faster than an Event
+        batch, result = self.offer(entry)
+        if not batch:
+            return result
+        with batch.undecided:  # each wakes the next: all at once would fight for the interpreter
             pass
-        if not first.stored:
-            return "unavailable"
-        return "stored" if first is entry else "repeated"
+        return result if batch.stored else "unavailable"
 
-    def offer(self, entry: Entry) -> Entry | str:
-        """Take a line on: the entry to wait for, or what has become of the line already."""
+    def offer(self, entry: Entry) -> tuple[Batch | None, str]:
+        """Take a line on: the batch to wait for, if any, and what it makes of the line."""
         with self.turn:
             if entry.key in self.window:
-                return "repeated"
-            if first := self.in_flight.get(entry.key):  # a repeat shares the first copy's fate
+                return None, "repeated"
+            if batch := self.in_flight.get(entry.key):  # a repeat shares the first copy's fate
                 entry.line = b""  # else a disk that hangs has it in memory once more for each
-                return first
+                return batch, "repeated"
             # A hint, unguarded: what slips through is told by its commit.
             broken = self.failure and (self.damaged or self.fd < 0)
             if broken or (self.waiting and self.waiting + len(entry.line) > WAITING_BYTES):
-                return "unavailable"
-            if self.window_size:
-                self.in_flight[entry.key] = entry
+                return None, "unavailable"
+            if not self.pending or self.pending[-1].size >= BATCH_BYTES:
+                self.pending.append(Batch())
+            batch = self.pending[-1]
+            batch.entries.append(entry)
+            batch.size += len(entry.line)
             self.waiting += len(entry.line)
-            self.pending.append(entry)
+            if self.window_size:
+                self.in_flight[entry.key] = batch
             self.turn.notify()
-            return entry
+            return batch, "stored"
 
     def run(self) -> NoReturn:
         """The life of the log's own thread: commit what is pending; tend the log in between."""
@@ -547,31 +555,28 @@ class SignalLog:
             with self.turn:
                 if not self.pending:
                     self.turn.wait(RETRY_SECONDS)
+            os.sched_yield()  # handlers that are at work shall still join the batch
             if self.pending or self.failure or self.is_due():
                 self.commit()
 
     def commit(self) -> None:
         """Store what is pending; if nothing is, mend what has failed, and close what is due."""
-        started, batch, size = time.monotonic(), list[Entry](), 0
+        started = time.monotonic()
         with self.turn:
-            while self.pending and size < BATCH_BYTES:
-                batch.append(self.pending.popleft())
-                size += len(batch[-1].line)
-        stored = self._store(b"".join([entry.line for entry in batch]))
-        if stored:
+            batch = self.pending.popleft() if self.pending else Batch()
+        batch.stored = self._store(b"".join([entry.line for entry in batch.entries]))
+        if batch.stored:
             commits, seconds = self.spent
             self.spent = (commits + 1, seconds + time.monotonic() - started)
         with self.turn:
-            self.waiting -= size
-            for entry in batch:
+            self.waiting -= batch.size
+            for entry in batch.entries:
                 self.in_flight.pop(entry.key, None)
-                entry.stored = stored
-                if stored:
+                if batch.stored:
                     self.window[entry.key] = None
                     if len(self.window) > self.window_size:
                         self.window.popitem(last=False)
-        for entry in batch:
-            entry.undecided.release()
+        batch.undecided.release()
 
     def _store(self, lines: bytes) -> bool:
         """Append lines to the open segment and sync it; whether that has worked."""

@@ -20,7 +20,7 @@ from typing import Any
 from harness import payload_id
 from peers import LINE
 
-from liveapi_server import TRIAL, Entry, SignalLog, signal_line
+from liveapi_server import TRIAL, Batch, Entry, SignalLog, signal_line
 
 CURRENT = "current.jsonl"
 FAILED = (errno.EIO, "Input/output error")
@@ -315,19 +315,19 @@ class Sender:
         """Send signals that are stored in one batch; those that were acknowledged."""
         self.sent.update(messages)
         self.answered = set[Message]()
-        taken = dict[Message, Entry]()
+        taken = dict[Message, Batch]()
         for message in messages:
             instance, payload = message
             identity = bytes.fromhex(payload_id(payload))
             line = signal_line(instance, identity, payload)
-            entry = self.log.offer(Entry(identity + instance.encode(), line))
-            if isinstance(entry, Entry):
-                taken[message] = entry
-            elif entry == "repeated":
+            batch, result = self.log.offer(Entry(identity + instance.encode(), line))
+            if batch:
+                taken[message] = batch
+            elif result == "repeated":
                 self.note(message)
         self.log.commit()
-        for message, entry in taken.items():
-            if entry.stored:
+        for message, batch in taken.items():
+            if batch.stored:
                 self.note(message)
         return self.answered
 
