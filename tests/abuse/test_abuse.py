@@ -249,6 +249,7 @@ CROWDS = {  # how many clients do what, and how many MiB they may cost
     "a flood after a request that closes": (Crowd(1, CLOSES + STATUS * 100_000, again=0), 32),
     "a header without an end": (Crowd(1, HEAD + FLOOD, again=0), 32),
     "a flood of requests": (Crowd(1, STATUS * 100_000, again=0), 32),
+    "floods of requests from many": (Crowd(200, STATUS * 5000), 64),
     "a body too large": (Crowd(1, TOO_LARGE + FLOOD, again=0), 32),
     "chunks of a byte": (Crowd(full(100, 30), CHUNKED + b"1\r\na\r\n" * 200_000, again=0), 64),
 }
@@ -265,7 +266,7 @@ def test_signals_succeed_and_fast_beside_hostile_clients(
     witness = Witness(receiver, certificate.context() if tls else None)
     before = len(receiver.log)
     with crowd.at(receiver.port):
-        witness.keep_on(max(2, SECONDS) if chunks else SECONDS)
+        witness.keep_on(max(3, SECONDS) if chunks or "many" in name else SECONDS)
     witness.come_down(15)
     witness.check(name, usual=1 if chunks else 0.15)
     held = min(crowd.size, limit)
