@@ -13,9 +13,9 @@ Each connection has a thread, which may block: a housekeeper shuts the sockets o
 late. A thread with a signal hands its line to the log, and waits. The log's own thread writes and
 syncs in one go all lines that have gathered meanwhile; then the others answer 200.
 
-Locks: SignalLog.turn, Server.room and Figures.counting are held for microseconds. Only these are
-nested: counting within room, and room within Server.accepting, which is held by the thread that
-waits for a connection.
+Locks: SignalLog.turn, Server.room and Figures.counting are held for microseconds, Server.accepting
+by the thread that waits for a connection, Batch.undecided by the log until it has decided. Only
+these are nested: turn within undecided, counting within room, and room within accepting.
 """
 
 from __future__ import annotations
@@ -490,7 +490,7 @@ class Batch:
 
     def __init__(self) -> None:
         self.entries, self.size, self.stored = list[Entry](), 0, False  # size in bytes
-        self.undecided = threading.Lock()  # held until it is known whether it is stored
+        self.undecided = threading.Lock()  # held until it is known; only then `stored` tells
         self.undecided.acquire()
 
 
@@ -503,10 +503,10 @@ class SignalLog:
         self.current, self.segment_bytes = self.prefix + CURRENT, segment_bytes
         self.disk: Any = os  # tests have a disk of their own stand in for it, and for the clock
         self.clock = time.time
-        self.turn = threading.Condition()  # guards the next four; held for microseconds
+        self.turn = threading.Condition()  # guards the next four, and the pending batches
         self.pending = deque[Batch]()
-        self.in_flight = dict[bytes, Batch]()  # where a key is pending or being committed
-        self.waiting = 0  # bytes of it
+        self.in_flight = dict[bytes, Batch]()  # where a key is pending, or being committed
+        self.waiting = 0  # bytes of lines that are
         self.window, self.window_size = OrderedDict[bytes, None](), window  # the newest keys
         self.fd, self.place = -1, (0, 0, 0)  # device, inode, and bytes, all of acknowledged lines
         self.day = 0.0  # of the segment, since the epoch
@@ -527,14 +527,14 @@ class SignalLog:
         return result if batch.stored else "unavailable"
 
     def offer(self, entry: Entry) -> tuple[Batch | None, str]:
-        """Take a line on: the batch to wait for, if any, and what it makes of the line."""
+        """Take a line on: the batch to wait for, if any, and the result if that one is stored."""
         with self.turn:
             if entry.key in self.window:
                 return None, "repeated"
             if batch := self.in_flight.get(entry.key):  # a repeat shares the first copy's fate
                 entry.line = b""  # else a disk that hangs has it in memory once more for each
                 return batch, "repeated"
-            # A hint, unguarded: what slips through is told by its commit.
+            # A hint, read unguarded: the commit has the last word.
             broken = self.failure and (self.damaged or self.fd < 0)
             if broken or (self.waiting and self.waiting + len(entry.line) > WAITING_BYTES):
                 return None, "unavailable"
@@ -708,8 +708,8 @@ class SignalLog:
         self.fd, self.place, self.day = fd, (*place, size - torn), there.st_mtime // DAY
 
     def _settle(self, fd: int) -> None:
-        """Sync a file, and have the next read come from the disk, not from memory: a crash may
-        have left it there only; so may a failed sync, and one that succeeds now does not tell."""
+        """Sync a file, and have the next read come from the disk: what a crash or a failed sync
+        left may be in memory only, even if this sync succeeds."""
         self.disk.fdatasync(fd)
         with contextlib.suppress(OSError):  # a file system that takes no advice
             self.disk.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -832,7 +832,8 @@ GRACE_SECONDS = 0.2  # at a stop, for a connection or a request that has just co
 SWEEP_SECONDS = 1.0  # between two looks at the connections, unless the timeouts are short
 RELIEF_SECONDS = 0.1  # between two tries to make room
 DISCARD_BYTES = 65536
-TURN, CROWD = 4, 32  # requests of a connection, and connections: see handle_one_request()
+YIELD_EVERY = 4  # requests of a connection; before the last of them its handler lets others go
+CROWD = 32  # connections; with more, it does so before each request
 
 
 class Server(socketserver.BaseServer):
@@ -985,15 +986,15 @@ class StrictHandler(BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         """Read a request, do what it asks for, and answer it."""
         start = self.rfile.peek(1)
-        # A thread that runs gets the interpreter before one that waits for it. So who has the next
-        # request there already, each time, would keep out the others, and the one that accepts.
-        self.requests += 1
-        if self.requests % TURN == 0 or len(self.server.handlers) > CROWD:
-            os.sched_yield()
         self.close_connection = True
         if not start:
             return
         self.wait("request", self.server.settings.timeout)
+        # Who gives up the interpreter for a system call mostly has it back before others wake. So
+        # clients whose next request is always there would keep out the others, and new ones.
+        self.requests += 1
+        if self.requests % YIELD_EVERY == 0 or len(self.server.handlers) > CROWD:
+            os.sched_yield()
         self.head, self.instance, self.said_all = StrictHandler.head, None, False
         # Should the head be refused: the answer to HEAD has no body.
         self.command, self.path = "HEAD" if start.startswith(b"HEAD ") else "-", "-"
@@ -1057,7 +1058,7 @@ class StrictHandler(BaseHTTPRequestHandler):
                 self.request.settimeout(None)
             if self.closing:
                 self._linger()
-        with self.server.room:  # from now on nobody shuts the socket, which may be another's
+        with self.server.room:  # from now on nobody shuts it: its number may soon be another's
             self.server.handlers.remove(self)
             self.server.room.notify()
         super().finish()
@@ -1071,7 +1072,7 @@ class StrictHandler(BaseHTTPRequestHandler):
             time.sleep(LINGER_SECONDS)
         else:
             self.shut(socket.SHUT_WR)
-        buffer = bytearray(DISCARD_BYTES)  # one, for a flood of them would scatter over the memory
+        buffer = bytearray(DISCARD_BYTES)  # one: many would be scattered over the memory
         while socket.socket.recv_into(self.request, buffer):
             pass
 
