@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from paper import CURRENT, Clock, Message, PaperDisk, PowerLoss, Sender, check, stored, whole_lines
 
+from liveapi_server import NEVER
+
 FULL = os.environ.get("LIVEAPI_FULL") == "1"
 CALLS = ("append", "sync", "sync_directory", "rename", "open")
 RECOVERY = ("cut", "rename", "sync_directory", "remove", "open")
@@ -236,6 +238,9 @@ class LogMachine(RuleBasedStateMachine):
                 text = text[: text.rfind(b"\n") + 1]
             lines += whole_lines(text)
         check(lines, self.sender.sent, self.sender.acknowledged, self.taken)
+        assert self.disk.files.keys() <= {log.fd}, "a file is left open"
+        assert not any((log.waiting, log.pending, log.in_flight)), "something is left waiting"
+        assert log.busy_since == NEVER, "the disk is taken for busy"
 
     def teardown(self) -> None:
         # An assertion that fails in the middle of a batch leaves the batch in flight.
