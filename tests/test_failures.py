@@ -395,6 +395,7 @@ def test_a_segment_taken_gets_nothing_and_one_cut_no_hole(receiver: Receiver, wa
         receiver.store(three[0], fourth, fifth)
         assert way.startswith("cut") or os.fstat(old.fileno()).st_size == whole
     assert receiver.ids() == ids(*(three[number] for number in found), fourth, fifth)
+    assert complaints(receiver, "changed by someone else") == 1
 
 
 def test_a_segment_renamed_under_load_loses_nothing(receiver: Receiver) -> None:

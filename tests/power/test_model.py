@@ -327,6 +327,16 @@ def test_what_a_short_write_left_is_cut_though_someone_has_cut_it_already() -> N
     assert len(machine.disk.lines()) == 2, "the first that was there, and the one after it"
 
 
+def test_a_segment_of_another_day_is_closed_though_the_disk_is_full() -> None:
+    machine = LogMachine()
+    machine.append(1)
+    machine.disk.room = 0  # what is closed can be shipped and removed, and makes room
+    machine.clock.turn(24)
+    machine.tend()
+    (closed,) = set(machine.disk.segments()) - {CURRENT}
+    assert len(whole_lines(machine.disk.seen[closed].safe)) == 1
+
+
 def test_blocks_that_reach_the_disk_out_of_order_harm_no_acknowledged_signal() -> None:
     # A batch's last block may be there without its first: zeros, in a line that nobody was told is
     # stored. It may stay as a damaged line; the lines around it are read as ever.
