@@ -61,7 +61,7 @@ class LogMachine(RuleBasedStateMachine):
         if self.calls[call] not in self.faults.get(call, ()):
             return False
         if self.then:
-            self.fail_next(self.then, 4)
+            self.fail_next(self.then, 7)  # longer than a retry waits
             self.then = ""
         return True
 
