@@ -255,7 +255,7 @@ def test_the_status_and_the_metrics_tell_what_has_come_and_what_was_refused(
     assert samples["liveapi_segment_bytes"] == len(watched.raw())
     assert samples["liveapi_commit_lines_total"] == 2
     assert 1 <= samples["liveapi_commit_duration_seconds_count"] <= 2
-    assert samples["liveapi_commit_duration_seconds_sum"] > 0
+    assert 0 < samples["liveapi_commit_duration_seconds_sum"] < 60
     for what in ("signal", "verify"):
         when = samples[f'liveapi_last_{what}_timestamp_seconds{{instance="my-app"}}']
         assert began - 1 <= when <= time.time() + 1

@@ -233,6 +233,8 @@ def test_while_nothing_can_be_stored_it_says_so_and_serves_the_rest_and_then_a_n
     recovers(receiver)
     manager.says("(?i)^(?!.*cannot store)")
     kept.has_been_closed_and_left_alone()
+    held = run("ls", "-l", f"/proc/{receiver.process.pid}/fd").stdout
+    assert held.count("/signals/") == 2, "more than the open segment and the lock"
     kept.takes_again(lost)
     if kind in OBSTACLES:
         with trouble(kind, receiver):
