@@ -337,6 +337,16 @@ def test_a_segment_of_another_day_is_closed_though_the_disk_is_full() -> None:
     assert len(whole_lines(machine.disk.seen[closed].safe)) == 1
 
 
+def test_a_torn_line_that_was_cut_off_does_not_come_back_in_a_closed_segment() -> None:
+    machine = LogMachine()
+    machine.append(2)
+    machine.stranger(cuts=True, size=len(machine.disk.seen[CURRENT].safe) - 20)
+    machine.clock.turn(24)
+    machine.tend()  # it is closed without another batch, whose sync would do
+    machine.fall("power", None)
+    assert len(machine.closed) == 1
+
+
 def test_blocks_that_reach_the_disk_out_of_order_harm_no_acknowledged_signal() -> None:
     # A batch's last block may be there without its first: zeros, in a line that nobody was told is
     # stored. It may stay as a damaged line; the lines around it are read as ever.
