@@ -263,6 +263,7 @@ def test_a_torn_tail_is_cut_off_at_the_start_and_damage_elsewhere_is_kept_and_bo
     receiver.store(*payloads * 2)
     fresh = receiver.raw().removeprefix(kept).splitlines()
     assert [json.loads(line)["id"] for line in fresh] == ids(*payloads[0 if alone else 3 :])
+    assert "someone else" not in "".join(receiver.log), "its own cut is taken for a stranger's"
 
 
 CLOSED = "20310506T120000.{:06}Z.jsonl"

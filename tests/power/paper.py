@@ -166,7 +166,8 @@ class PaperDisk:
         self.moment("a sync that fails")
         raise OSError(*FAILED)
 
-    def posix_fadvise(self, fd: int, *_: int) -> None:
+    def posix_fadvise(self, fd: int, offset: int, length: int, _: int) -> None:
+        assert (offset, length) == (0, 0), "a part of the file is read from memory"
         inode = self.files[fd]
         inode.seen = after(inode.safe, *inode.unsynced)
         if inode.seen:  # what a file holds that was found is known again, by reading it
