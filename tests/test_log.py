@@ -239,6 +239,7 @@ DAMAGE = {
     "a whole line without its newline": stored_line(b"{}")[:-1],
     "zeros, as a file system may leave them": bytes(5000),
     "one brace": b"{",
+    "an impossible time": stored_line(b"{}", "2031-13-06T12:00:00.000001Z")[:-1] + b" ",
     "half a line of three megabytes": b'{"received_at":"' + b"x" * 3_000_000,
     "no text": b"\xff\xfe not JSON at all",
     "deeply nested": b"[" * 100_000,
