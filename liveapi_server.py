@@ -833,7 +833,7 @@ SWEEP_SECONDS = 1.0  # between two looks at the connections, unless the timeouts
 RELIEF_SECONDS = 0.1  # between two tries to make room
 DISCARD_BYTES = 65536
 YIELD_EVERY = 4  # requests of a connection; before the last of them its handler lets others go
-CROWD = 32  # connections; with more, it does so before each request
+CROWD = 64  # connections; with more, it does so before each request
 
 
 class Server(socketserver.BaseServer):
