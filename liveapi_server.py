@@ -1560,7 +1560,7 @@ def keep_house(receiver: Server, others: list[Server]) -> NoReturn:
 
 def stay_on_one_core(port: int) -> None:
     """Keep the threads together. They take turns with the interpreter lock, and turns that go to
-    another core cost more than the signals: on one, half as many again are stored, or more."""
+    another core cost more than the signals: on one, about twice as many are stored."""
     if getattr(sys, "_is_gil_enabled", lambda: True)():  # a free-threaded Python has none
         with contextlib.suppress(OSError):  # a sandbox may not allow it
             cores = sorted(os.sched_getaffinity(0))  # CPUAffinity= may leave some out
