@@ -505,8 +505,8 @@ class SignalLog:
         self.clock = time.time
         self.turn = threading.Condition()  # guards the next four, and the pending batches
         self.pending = deque[Batch]()
-        self.in_flight = dict[bytes, Batch]()  # where a key is pending, or being committed
-        self.waiting = 0  # bytes of lines that are
+        self.in_flight = dict[bytes, Batch]()  # by key: what is pending, or being committed
+        self.waiting = 0  # bytes of the lines in these batches
         self.window, self.window_size = OrderedDict[bytes, None](), window  # the newest keys
         self.fd, self.place = -1, (0, 0, 0)  # device, inode, and bytes, all of acknowledged lines
         self.day = 0.0  # of the segment, since the epoch
