@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import select
 import socket
 import ssl
 import subprocess
@@ -132,13 +133,15 @@ class Receiver:
             pair.write(self.keys)
         self.pair = next(iter(pairs), None)  # that of most tests
         port = port or (0 if ready else next(free_ports(1)))  # it cannot be asked which it is
-        self.log: list[str] = []
         command = [*wrapper, *COMMAND, "--keys", str(self.keys), "--signals", str(self.signals)]
         command += ["--port", str(port), *options]
         env = {**os.environ, **(env or {})}
         self.process = Popen(
-            command, cwd=directory, env=env, stdout=DEVNULL, stderr=PIPE, text=True
+            command, cwd=directory, env=env, stdout=DEVNULL, stderr=PIPE, bufsize=0
         )
+        self._pipe: Any = self.process.stderr
+        os.set_blocking(self._pipe.fileno(), False)
+        self._taken, self._torn, self._taking = list[str](), b"", threading.Lock()
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
         self.url = f"http://127.0.0.1:{port}/live"
@@ -147,10 +150,26 @@ class Receiver:
             self.url = re.findall(r"https?://[^\s,;]+", line)[0].rstrip(".")
         self.port = urlsplit(self.url).port or 0
 
+    @property
+    def log(self) -> list[str]:
+        """The lines of its standard error up to now: what it wrote before it answered is there."""
+        self._take()
+        return self._taken
+
+    def _take(self) -> bool:
+        """Take what the pipe holds; whether more can come."""
+        with self._taking:
+            while data := self._pipe.read(65536):
+                *lines, self._torn = (self._torn + data).split(b"\n")
+                self._taken += [line.decode() for line in lines]
+        return data is None
+
     def _read_log(self) -> None:
-        assert self.process.stderr
-        for line in self.process.stderr:
-            self.log.append(line.rstrip("\n"))
+        """A pipe that nobody reads would fill up."""
+        poll = select.poll()
+        poll.register(self._pipe, select.POLLIN)
+        while self._take():
+            poll.poll()
 
     def wait_for_log(self, pattern: str, seconds: float = 10, start: int = 0) -> str:
         """The first log line from index `start` on that matches; AssertionError if none comes."""
