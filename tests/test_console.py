@@ -14,6 +14,7 @@ import pytest
 from disks import ids, injected, left, stored_line
 from harness import Answer, Pair, Receiver, Start, eventually, payload_id, signal_payload, within
 from pages import rows
+from tools import bounds_memory
 from wire import Wire, request_bytes
 
 METRICS = [re.findall(r"\w+", row[0])[0] for row in rows("With Prometheus", "docs/alerts.md")]
@@ -162,6 +163,7 @@ def test_the_stream_shows_only_what_is_synced_and_not_what_was_there_and_is_cut_
         assert [next(events)[0] for _ in range(2)] == ids(*payloads[::2])
 
 
+@bounds_memory
 def test_a_watcher_that_is_slow_lags_and_costs_no_memory(watched: Watched) -> None:
     filler = "x" * 1_000_000
     watched.store(signal_payload(text=filler))
@@ -175,6 +177,7 @@ def test_a_watcher_that_is_slow_lags_and_costs_no_memory(watched: Watched) -> No
         assert [next(slow)[0] for _ in sent] == sent
 
 
+@bounds_memory
 def test_what_a_stream_begins_with_is_bounded_in_bytes_too(watch: Start, tmp_path: Path) -> None:
     lines = [stored_line(signal_payload(text="x" * 1_000_000)) for _ in range(100)]
     left(tmp_path, b"".join(lines))

@@ -6,6 +6,7 @@ or where LIVEAPI_NODE_MODULES says: npm install --no-save notificare-live-api-no
 
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from harness import ROOT
 
 LIBFAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 needs_faketime = pytest.mark.skipif(LIBFAKETIME is None, reason="needs Debian's libfaketime")
+
+FREE_THREADED = not getattr(sys, "_is_gil_enabled", lambda: True)()
+WHY_NOT = "a free-threaded Python, whose threads each keep memory that they have freed"
+bounds_memory = pytest.mark.skipif(FREE_THREADED, reason=WHY_NOT)
 
 MODULES = Path(os.environ.get("LIVEAPI_NODE_MODULES", ROOT / "node_modules"))
 

@@ -28,7 +28,7 @@ from corpus import PAIR, STATUS
 from disks import injected, stored_line
 from harness import ACCEPTED, Receiver, Start, eventually, payload_id, signal_payload, within
 from peers import Certificate, at_once
-from tools import full, needs_programs
+from tools import FREE_THREADED, bounds_memory, full, needs_programs
 from wire import Wire, ask, post_bytes, request_bytes
 
 SECONDS = full(15, 1)  # that an honest client goes on beside a crowd
@@ -88,7 +88,8 @@ class Witness:
 
         def is_down() -> bool:
             most = self.memory_before + 30 + self._status("Threads") * 0.06
-            return self.open() <= self.open_before + 3 and self.memory() <= most
+            frees = FREE_THREADED or self.memory() <= most
+            return frees and self.open() <= self.open_before + 3
 
         eventually(is_down, within, 0.1)
 
@@ -274,7 +275,7 @@ def test_signals_succeed_and_fast_beside_hostile_clients(
         assert witness.descriptors >= held * 0.9, "the crowd was not there"
     assert witness.descriptors <= held * 1.1 + 48
     assert witness.threads <= limit + 16
-    assert witness.memory(peak=True) <= witness.memory_before + memory
+    assert FREE_THREADED or witness.memory(peak=True) <= witness.memory_before + memory
     assert len(receiver.log) - before <= 20, "a line for each stranger fills the log"
 
 
@@ -483,6 +484,7 @@ def test_out_of_what_it_needs_it_goes_on_serving_without_a_busy_loop_and_is_fast
     assert witness.threads <= most
 
 
+@bounds_memory
 def test_idle_it_takes_40_mib_at_most_with_512_clients_and_a_full_window_80(calm: Start) -> None:
     idle = calm()
     assert idle.verify(PAIR).status == 200
@@ -496,6 +498,7 @@ def test_idle_it_takes_40_mib_at_most_with_512_clients_and_a_full_window_80(calm
         assert witness.memory(peak=True) <= 80
 
 
+@bounds_memory
 @pytest.mark.parametrize("unlike", [True, False], ids=["each another", "all the same"])
 def test_large_signals_that_wait_for_a_disk_that_hangs_take_at_most_400_mib(
     calm: Start, tmp_path: Path, unlike: bool
