@@ -948,6 +948,7 @@ class StrictHandler(BaseHTTPRequestHandler):
     """A connection of either listener, in a thread of its own. A subclass has do_GET() and so on,
     which read a body by read_body(), and give their answer to answer() or raise Refusal."""
 
+    rbufsize = 8192  # of memory for what a client sends ahead; Python 3.14 would take 128 KiB
     server: Server
     request: socket.socket
     rfile: io.BufferedReader
