@@ -33,6 +33,7 @@ def options() -> argparse.Namespace:
     add("--seconds", type=int, default=2, metavar="N", help="of load for each figure")
     add("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="only these")
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="only these")
+    add("--python", metavar="FILE", help="another Python, with the receiver on it as a peer")
     add("--before", type=Path, metavar="FILE", help="an earlier liveapi_server.py, as a peer")
     return parser.parse_args()
 
@@ -73,6 +74,8 @@ def main() -> None:
     if chosen.before:
         before = chosen.before.resolve()
         servers["before"] = receiver(f"the receiver before, {before.name}", before)
+    if chosen.python:
+        servers["python"] = receiver(f"the receiver on {chosen.python}", python=chosen.python)
     servers |= {name: PEERS[name] for name in chosen.peers}
     kinds = {server.kind for server in servers.values()}
     environment.prepare(kinds)

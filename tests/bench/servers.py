@@ -30,9 +30,11 @@ class Server:
     instances: int = 1  # that the signals are for, in turn
 
 
-def receiver(title: str = "the receiver", program: Path = PROGRAM) -> Server:
+def receiver(
+    title: str = "the receiver", program: Path = PROGRAM, python: str = sys.executable
+) -> Server:
     options = "--keys keys --signals signals --port {port}"
-    return Server(title, "receiver", (sys.executable, str(program), *options.split()))
+    return Server(title, "receiver", (python, str(program), *options.split()))
 
 
 def _python_peer(title: str, words: str, sync: str = "yes") -> Server:
