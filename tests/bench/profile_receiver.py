@@ -24,7 +24,7 @@ from wrk import SCENARIOS, Measured, Pool, fire
 
 SECONDS = 2
 CALLS = "futex fdatasync write recvfrom sendto accept4 shutdown close poll epoll_wait".split()
-CALLS += "newfstatat fstatfs statfs clock_nanosleep".split()
+CALLS += "newfstatat fstatfs statfs clock_nanosleep sched_yield".split()
 TRACEPOINTS = {"all system calls": "raw_syscalls:sys_enter"} | {
     call: f"syscalls:sys_enter_{call}" for call in CALLS
 }
